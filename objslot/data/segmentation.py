@@ -1,0 +1,85 @@
+"""What a segmenter says about one video: the only thing the evaluation, the writers and the viewers need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from objslot.errors import UserError
+
+MAX_TRACKS = 20
+"""Largest number of object proposals per video (the limit of the DAVIS-2017 unsupervised task)."""
+
+
+@dataclass
+class VideoSegmentation:
+    """Object masks of one video, non-overlapping by construction.
+
+    Arrays are numpy arrays; CPU torch tensors are accepted and converted without a copy.
+
+    Attributes:
+        name: the video's name.
+        tracks: uint8 (T, H, W). 0 is no object; 1 to 20 are objects, the same number meaning the same object in
+            every frame.
+        foreground: track numbers that the method itself, without labels, calls foreground, best first. Used by
+            protocol A.
+        partition: uint8 (T, H, W) or None. Every region before any selection, 1 to 255 (0 is no region); used by
+            protocol C, which falls back to ``tracks`` when it is None.
+        scores: a label-free score per track number, higher is more object-like.
+
+    Raises:
+        UserError: a wrong dtype or shape, more than 20 tracks, a foreground number that is repeated or outside
+            1 to 20, or a partition of another shape. Each message names the video and the field.
+    """
+
+    name: str
+    tracks: np.ndarray
+    foreground: tuple[int, ...] = ()
+    partition: np.ndarray | None = None
+    scores: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tracks = self._index_map("tracks", self.tracks)
+        highest = int(self.tracks.max(initial=0))
+        if highest > MAX_TRACKS:
+            raise UserError(
+                f"{self.name}: tracks holds the number {highest}; at most {MAX_TRACKS} proposals per video are allowed"
+            )
+        self.foreground = tuple(int(track) for track in self.foreground)
+        wrong = [track for track in self.foreground if not 1 <= track <= MAX_TRACKS]
+        if wrong or len(set(self.foreground)) != len(self.foreground):
+            raise UserError(
+                f"{self.name}: foreground is {self.foreground}; expected different track numbers from 1 to {MAX_TRACKS}"
+            )
+        if self.partition is not None:
+            self.partition = self._index_map("partition", self.partition)
+            if self.partition.shape != self.tracks.shape:
+                raise UserError(
+                    f"{self.name}: partition has shape {self.partition.shape}, tracks has {self.tracks.shape}; "
+                    "expected the same"
+                )
+
+    def _index_map(self, field_name: str, value: object) -> np.ndarray:
+        array = np.asarray(value)
+        if array.dtype != np.uint8 or array.ndim != 3:
+            raise UserError(
+                f"{self.name}: {field_name} is {array.dtype} {array.shape}; expected uint8 (frames, height, width)"
+            )
+        return array
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames T."""
+        return self.tracks.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.tracks.shape[1], self.tracks.shape[2]
+
+    @property
+    def track_ids(self) -> tuple[int, ...]:
+        """Track numbers that own at least one pixel somewhere in the video, ascending."""
+        present = np.bincount(self.tracks.reshape(-1), minlength=1) > 0
+        return tuple(int(track) for track in np.flatnonzero(present) if track != 0)
