@@ -1,0 +1,45 @@
+#include "objslot/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace objslot {
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "base";
+  }
+}
+
+Isa best_isa() {
+#ifdef OBJSLOT_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::base;
+}
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const char* variable = std::getenv("OBJSLOT_ISA");
+    const std::string wanted = variable ? variable : "";
+    if (wanted.empty()) return best_isa();
+    for (Isa level : {Isa::base, Isa::avx2, Isa::avx512}) {
+      if (wanted != name(level)) continue;
+      if (level > best_isa())
+        throw std::invalid_argument("OBJSLOT_ISA: expected at most " + std::string(name(best_isa())) +
+                                    ", the best level of this processor and build, got " + wanted);
+      return level;
+    }
+    throw std::invalid_argument("OBJSLOT_ISA: expected base, avx2 or avx512, got " + wanted);
+  }();
+  return isa;
+}
+
+}  // namespace objslot
