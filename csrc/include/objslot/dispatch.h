@@ -53,12 +53,14 @@ const Table& kernels() {
   }
 }
 
-#define OBJSLOT_KERNELS(Table, ...)                                    \
-  template <>                                                          \
-  const Table& objslot::table<Table, objslot::Isa::OBJSLOT_ISA>() {    \
-    using namespace objslot::OBJSLOT_ISA;                              \
-    static constexpr Table functions{__VA_ARGS__};                     \
-    return functions;                                                  \
-  }
-
 }  // namespace objslot
+
+#define OBJSLOT_KERNELS(Table, ...)                       \
+  namespace objslot {                                     \
+  template <>                                             \
+  const Table& table<Table, Isa::OBJSLOT_ISA>() {         \
+    using namespace OBJSLOT_ISA;                          \
+    static constexpr Table functions{__VA_ARGS__};        \
+    return functions;                                     \
+  }                                                       \
+  }
