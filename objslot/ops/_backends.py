@@ -46,7 +46,7 @@ def registered() -> dict[str, tuple[str, ...]]:
 
 def select(op: str, requested: str | None = None, **facts) -> str:
     """The backend that serves this call of `op`; raises BackendError when the one asked for by name cannot."""
-    name = requested or _forced.get() or os.environ.get("OBJSLOT_BACKEND")
+    name = requested or _forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
     if name is not None and name != "auto":
         reason = _reason(op, name, facts)
         if reason is not None:
