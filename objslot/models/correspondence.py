@@ -1,0 +1,86 @@
+"""Temporal correspondence between frames, and its fusion with the features of a frame."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from objslot.errors import UserError
+
+
+def draw_other_frames(
+    clips: int, frames: int, count: int, *, sampling: str = "other", generator: torch.Generator | None = None
+) -> Tensor:
+    """(B, T, count) int64: for every frame of every clip `count` different other frames, or with "self" the frame.
+
+    Drawn on the CPU, so that a seed gives the same frames on every device. Raises `UserError` when a clip has fewer
+    than `count` other frames.
+    """
+    if sampling == "self":
+        return torch.arange(frames).view(1, frames, 1).expand(clips, frames, 1)
+    if count > frames - 1:
+        raise UserError(f"n_other: got {count}, expected at most {frames - 1} other frames in clips of {frames}")
+    order = torch.rand(clips, frames, frames - 1, generator=generator).argsort(dim=-1)[..., :count]
+    return order + (order >= torch.arange(frames).view(1, frames, 1))
+
+
+def previous_frames(frames: int, *, sampling: str = "other") -> Tensor:
+    """(T,) int64: the frame that each frame corresponds to at inference: the one before, for the first the one after."""
+    index = torch.arange(frames)
+    if sampling == "self" or frames == 1:
+        return index
+    return torch.where(index == 0, 1, index - 1)
+
+
+def gather_frames(features: Tensor, index: Tensor) -> Tensor:
+    """Frames `index` (B, T, K) of features (B, T, n, D) -> (B, T, K, n, D)."""
+    clip = torch.arange(features.shape[0], device=features.device).view(-1, 1, 1)
+    return features[clip, index.to(features.device)]
+
+
+class TemporalFusion(nn.Module):
+    """X = F + E: features of a frame joined with what corresponds to them in other frames.
+
+    E = W C + b over the positions of the other frame, W: width x positions of the training grid. With
+    `correspondence="cosine"` C is the cosine over `temperature`, and E is layer-normalised and scaled by a learned
+    number that starts at 1; "raw" takes dot products and no normalisation.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], *, correspondence: str = "cosine", temperature: float = 0.1):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.correspondence = correspondence
+        self.temperature = temperature
+        self.embed = nn.Linear(grid[0] * grid[1], width)
+        if correspondence == "cosine":
+            self.norm = nn.LayerNorm(width)
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def prepare(self, keys: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Keys (..., hw, D) of `grid` as the other side of a correspondence: (..., positions of training, D).
+
+        The map is linear in them, so averaging frames and resizing here is averaging and resizing maps.
+        """
+        if self.correspondence == "cosine":
+            keys = F.normalize(keys, dim=-1)
+        if tuple(grid) == self.grid:
+            return keys
+        leading = keys.shape[:-2]
+        image = keys.flatten(0, -3).transpose(1, 2).unflatten(2, grid)
+        image = F.interpolate(image, size=self.grid, mode="bilinear", align_corners=False)
+        return image.flatten(2).transpose(1, 2).unflatten(0, leading)
+
+    def forward(self, features: Tensor, keys: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused features and the ratio |E| / |F|, a scalar mean over positions, without gradient.
+
+        `features` (..., n, width) are what E is added to, `keys` (..., n, D) the same frame's keys, `other`
+        (..., positions of training, D) what `prepare` made of the other frames, averaged.
+        """
+        if self.correspondence == "cosine":
+            keys = F.normalize(keys, dim=-1) / self.temperature
+        embedding = self.embed(keys @ other.transpose(-2, -1))
+        if self.correspondence == "cosine":
+            embedding = self.norm(embedding) * self.scale
+        with torch.no_grad():
+            feature_norm = features.float().norm(dim=-1)
+            ratio = (embedding.float().norm(dim=-1) / feature_norm.clamp_min(1e-6)).mean()
+        return features + embedding, ratio

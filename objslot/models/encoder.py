@@ -1,0 +1,245 @@
+"""Encoders: any timm ViT or ResNet as a source of dense features of video frames."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from objslot.errors import UserError
+from objslot.models.weights import create_pretrained, load_weights
+
+_registered: dict[str, Callable[[bool], nn.Module]] = {}
+
+
+class FrameFeatures(NamedTuple):
+    """Dense features of the frames of B clips of T frames, on an h x w grid of HW positions."""
+
+    keys: Tensor
+    """(B, T, HW, D): keys of the last block, centred; of a ResNet its feature map."""
+    tokens: Tensor | None
+    """(B, T, HW, D): output tokens of the encoder, for label propagation only."""
+    cls_attention: Tensor | None
+    """(B, T, HW): attention of the last block's class token, mean over heads; None where there is none."""
+    grid: tuple[int, int]
+    """(h, w), with h * w == HW."""
+
+
+def register_encoder(name: str, factory: Callable[[bool], nn.Module]):
+    """Make an encoder of your own available as `SMTCConfig(encoder=name)`.
+
+    `factory(pretrained)` returns a timm-style VisionTransformer (built with `dynamic_img_size=True` to take any
+    frame size) or ResNet, with its own weights when `pretrained` is true. Registering a name again replaces it.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"name: got {name!r}, expected a non-empty string")
+    _registered[name] = factory
+
+
+class Encoder(nn.Module):
+    """Features of a timm-style ViT (last block's keys, without the class token) or ResNet (res4 at stride 8).
+
+    A frozen encoder stays in eval mode, carries no gradient and has no stochastic depth.
+    `patch_size` is the side in pixels of what one position stands for, `width` the number of channels D.
+
+    Raises `UserError` when `model` is no such ViT or ResNet.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str = "encoder", key_center: str = "bias", train: bool = False):
+        super().__init__()
+        self.name = name
+        self.key_center = key_center
+        self.model = model
+        self._block_input: Tensor | None = None
+        if isinstance(model, ResNet):
+            self._shorten_resnet(model)
+        else:
+            self._check_transformer(model)
+            attention = model.blocks[-1].attn
+            attention.register_forward_pre_hook(self._keep_block_input, with_kwargs=True)
+        self.set_training(train)
+
+    def _shorten_resnet(self, model: ResNet):
+        # res5 is not used, and its weights would be most of what is kept and saved.
+        for unused in ("layer4", "global_pool", "fc"):
+            setattr(model, unused, nn.Identity())
+        self.patch_size = 8
+        self.width = model.feature_info[3]["num_chs"]
+        self.has_cls_attention = False
+
+    def _check_transformer(self, model: nn.Module):
+        blocks = getattr(model, "blocks", None)
+        attention = getattr(blocks[-1], "attn", None) if blocks is not None and len(blocks) else None
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+        if attention is None or patch is None or not hasattr(model, "forward_features"):
+            raise UserError(f"encoder {self.name}: {type(model).__name__} is no ViT with blocks[-1].attn and "
+                            "patch_embed, and no ResNet; choose a vit_*, deit*, eva* or resnet* model of timm")
+        projection = getattr(attention, "qkv", None) or getattr(attention, "k_proj", None)
+        if not isinstance(projection, nn.Linear):
+            raise UserError(f"encoder {self.name}: the attention of its last block, {type(attention).__name__}, has "
+                            "neither a linear qkv nor a linear k_proj, so its keys cannot be read")
+        height, width = patch if isinstance(patch, tuple) else (patch, patch)
+        if height != width:
+            raise UserError(f"encoder {self.name}: got patches of {height} x {width} pixels, expected square ones")
+        self.patch_size = int(height)
+        fused = getattr(attention, "qkv", None) is not None
+        self.width = projection.out_features // 3 if fused else projection.out_features
+        # Other attentions add position terms to the logits, so their weights do not follow from q and k alone.
+        self.has_cls_attention = type(attention) is Attention and getattr(model, "cls_token", None) is not None
+
+    def set_training(self, train: bool):
+        """Let the encoder learn, or freeze it: eval mode, no gradient."""
+        self.trains = train
+        self.model.requires_grad_(train)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        return super().train(mode and self.trains)
+
+    def snap(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The largest (height, width) in pixels up to `size` that this encoder divides into whole positions."""
+        snapped = tuple(side // self.patch_size * self.patch_size for side in size)
+        if min(snapped) == 0:
+            raise UserError(f"frame size: got {size[0]} x {size[1]} pixels, expected at least {self.patch_size} each way")
+        return snapped
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) positions of frames of `size` (height, width) in pixels; `UserError` when it does not divide."""
+        height, width = size
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise UserError(f"frame size: got {height} x {width} pixels, expected multiples of {self.patch_size} "
+                            f"for encoder {self.name}")
+        fixed = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        if fixed is not None and not getattr(self.model, "dynamic_img_size", False) and tuple(fixed) != tuple(size):
+            raise UserError(f"frame size: got {height} x {width} pixels, expected {fixed[0]} x {fixed[1]}, the only size "
+                            f"of encoder {self.name} (a VisionTransformer takes any with dynamic_img_size=True)")
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, frames: Tensor) -> FrameFeatures:
+        """Features of frames (B, T, 3, H, W), floating point, normalised with ImageNet's mean and deviation.
+
+        H and W are multiples of `patch_size`. Raises `UserError` otherwise.
+        """
+        if frames.ndim != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
+            raise UserError(f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected floating point "
+                            "(clips, frames, 3, height, width)")
+        grid = self.grid(tuple(frames.shape[-2:]))
+        leading = frames.shape[:2]
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            if isinstance(self.model, ResNet):
+                keys, tokens, cls_attention = self._resnet_features(frames.flatten(0, 1), grid)
+            else:
+                keys, tokens, cls_attention = self._transformer_features(frames.flatten(0, 1), grid)
+            if self.key_center == "mean":
+                keys = keys - keys.mean(dim=1, keepdim=True)
+        return FrameFeatures(
+            keys.unflatten(0, leading),
+            tokens.unflatten(0, leading),
+            None if cls_attention is None else cls_attention.unflatten(0, leading),
+            grid,
+        )
+
+    def _keep_block_input(self, module, arguments, keywords):
+        self._block_input = arguments[0] if arguments else keywords["x"]
+
+    def _resnet_features(self, frames: Tensor, grid: tuple[int, int]):
+        features = self.model.forward_features(frames)
+        if tuple(features.shape[-2:]) != grid:
+            raise UserError(f"encoder {self.name}: its res4 has {features.shape[-2]} x {features.shape[-1]} positions, "
+                            f"expected {grid[0]} x {grid[1]}; build it with output_stride=8")
+        tokens = features.flatten(2).transpose(1, 2)
+        return tokens, tokens, None
+
+    def _transformer_features(self, frames: Tensor, grid: tuple[int, int]):
+        tokens = self.model.forward_features(frames)
+        # The input of the attention, not the output of its qkv layer: some models call the weight without the layer.
+        x, self._block_input = self._block_input, None
+        prefix = int(getattr(self.model, "num_prefix_tokens", 1))
+        expected = prefix + grid[0] * grid[1]
+        if x is None or x.ndim != 3 or x.shape[1] != expected or tokens.shape[:2] != x.shape[:2]:
+            raise UserError(f"encoder {self.name}: its last block sees {None if x is None else tuple(x.shape)}, expected "
+                            f"{expected} tokens a frame ({prefix} prefix and {grid[0]} x {grid[1]})")
+        attention = self.model.blocks[-1].attn
+        query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attention)
+        keys = F.linear(x, key_weight)
+        biased_keys = keys if key_bias is None else keys + key_bias
+        cls_attention = None
+        if self.has_cls_attention:
+            query = F.linear(x[:, :1], query_weight, query_bias)
+            cls_attention = _class_attention(attention, query, biased_keys)[:, prefix:]
+        # The key bias adds the same to every logit of a query, so leaving it out takes nothing the model itself uses.
+        if self.key_center == "none":
+            keys = biased_keys
+        return keys[:, prefix:], tokens[:, prefix:], cls_attention
+
+
+def _query_key_parameters(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Weight and bias (or None) of the query and of the key projection."""
+    if getattr(attention, "qkv", None) is None:
+        return attention.q_proj.weight, attention.q_proj.bias, attention.k_proj.weight, attention.k_proj.bias
+    query_weight, key_weight, _ = attention.qkv.weight.chunk(3)
+    if attention.qkv.bias is not None:
+        query_bias, key_bias, _ = attention.qkv.bias.chunk(3)
+        return query_weight, query_bias, key_weight, key_bias
+    return query_weight, getattr(attention, "q_bias", None), key_weight, getattr(attention, "k_bias", None)
+
+
+def _class_attention(attention: Attention, query: Tensor, keys: Tensor) -> Tensor:
+    """(B, 1, D) query and (B, n, D) keys of all tokens -> (B, n) attention weights, mean over the heads."""
+    query = attention.q_norm(query.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2))
+    keys = attention.k_norm(keys.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2))
+    logits = (query * attention.scale) @ keys.transpose(-2, -1)
+    return logits.float().softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+def build_encoder(
+    name: str,
+    *,
+    weights: str | None = None,
+    pretrained: bool = True,
+    image_size: tuple[int, int] = (256, 256),
+    key_center: str = "bias",
+    train: bool = False,
+) -> Encoder:
+    """An encoder by its registered or timm name, with weights from a local file, published ones, or random ones.
+
+    `image_size` (height, width) in pixels matters only to models that cannot change their frame size later.
+    Raises `UserError` for an unknown name, a model of another kind, wrong weights, or weights that are only on
+    the hub when there is no network.
+    """
+    if name in _registered:
+        model = _registered[name](pretrained and weights is None)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"encoder {name}: its factory returned {type(model).__name__}, expected an nn.Module")
+    else:
+        model = _create_timm(name, pretrained and weights is None, image_size)
+    encoder = Encoder(model, name=name, key_center=key_center, train=train)
+    if weights is not None:
+        load_weights(encoder.model, weights, name)
+    return encoder
+
+
+def _create_timm(name: str, pretrained: bool, image_size: tuple[int, int]) -> nn.Module:
+    if not timm.is_model(name.split(".")[0]):
+        known = f"; registered: {', '.join(sorted(_registered))}" if _registered else ""
+        raise UserError(f"encoder: {name!r} is neither a model of timm nor registered{known}")
+
+    def create(**arguments):
+        if pretrained:
+            return create_pretrained(name, {"num_classes": 0, **arguments})
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+
+    # Families differ in what they take, and say so only by refusing the argument.
+    attempts = ({"dynamic_img_size": True}, {"output_stride": 8}, {"img_size": image_size}, {})
+    for arguments in attempts:
+        try:
+            return create(**arguments)
+        except TypeError as error:
+            failure = error
+        except RuntimeError as error:
+            raise UserError(f"encoder {name}: {error}") from error
+    raise UserError(f"encoder {name}: timm cannot build it: {failure}") from failure
