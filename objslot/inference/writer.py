@@ -1,0 +1,223 @@
+"""The output folder of `discover`: indexed masks, an overlay video, a contact sheet, a page and a JSON summary.
+
+    OUT/<name>/
+        masks/00000.png     the tracks of a frame: palette PNG, 0 = no object
+        slots/00000.png     every slot of a frame before selection (written when the segmentation holds it)
+        overlay.mp4         the tracks over the video
+        sheet.png           some frames side by side with their objects and their semantic map
+        objects.json        tracks with scores, boxes and areas; the size and rate of the video; the settings
+        report.html         a page to scrub through, complete in itself
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from objslot.data.segmentation import VideoSegmentation
+from objslot.data.video import Video
+from objslot.errors import UserError
+from objslot.viz import VideoWriter, contact_sheet, overlay, write_indexed_png
+from objslot.viz.report import VideoReport
+
+_SHEET_ROWS = 6
+
+
+@dataclass(frozen=True)
+class DisplayMaps:
+    """What a page shows beside the tracks; each part may be missing.
+
+    Attributes:
+        semantic: uint8 (T, h, w), the strongest semantics of a position, counted from 1.
+        instance: uint8 (T, h, w), the strongest instance of a position, counted from 1 over all semantics.
+        attention: uint8 (T, I, N, h, w), the attention of each slot after each iteration, 255 = its maximum.
+
+    (h, w) is any size; maps are scaled to the frame without interpolation.
+    """
+
+    semantic: np.ndarray | None = None
+    instance: np.ndarray | None = None
+    attention: np.ndarray | None = None
+
+
+def safe_name(name: str) -> str:
+    """A folder name made of the name of a video: letters, digits, `-`, `_` and inner dots, never a path.
+
+    >>> safe_name("../a clip.mp4")
+    'a_clip.mp4'
+    """
+    cleaned = re.sub(r"[^\w.-]+", "_", name).strip("._")[:100]
+    return cleaned or "video"
+
+
+def output_folders(out: str | Path, names: Iterable[str]) -> list[Path]:
+    """The folder of each video under `out`, equal names told apart by a number.
+
+    Args:
+        out: the output folder; need not exist.
+        names: the names of the videos.
+
+    Raises:
+        UserError: one of the folders exists and is not empty, or is a file. Nothing is written before that.
+    """
+    out, taken, folders = Path(out), set(), []
+    for name in map(safe_name, names):
+        unique, count = name, 1
+        while unique.lower() in taken:
+            count += 1
+            unique = f"{name}-{count}"
+        taken.add(unique.lower())
+        folders.append(out / unique)
+    for folder in folders:
+        refuse_existing(folder)
+    return folders
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError when `folder` is a file or a folder that holds anything."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} already exists and is not empty; choose another --out or move it away")
+
+
+def write_segmentation(
+    video: Video,
+    segmentation: VideoSegmentation,
+    folder: str | Path,
+    *,
+    maps: DisplayMaps | None = None,
+    settings: dict | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes everything a person wants of one segmented video; frames are decoded and written one at a time.
+
+    Args:
+        video: the frames.
+        segmentation: its tracks, uint8 (T, H, W), and perhaps its partition.
+        folder: where to write. Everything is written beside it and renamed when complete, so that a folder of this
+            name always holds a whole result.
+        maps: what the page shows beside the tracks.
+        settings: how the segmentation was made, kept in objects.json; JSON values.
+        progress: called with (frames done, frames in all).
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UserError: `folder` exists and is not empty, or the video does not hold the frames that were segmented.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _write(partial, video, segmentation, maps or DisplayMaps(), settings or {}, progress)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write(folder, video, segmentation, maps, settings, progress) -> None:
+    n_frames = len(segmentation.tracks)
+    shown = set(np.linspace(0, n_frames - 1, min(_SHEET_ROWS, n_frames)).round().astype(int).tolist())
+    height, width = video.size
+    report = VideoReport(segmentation.name, n_frames, (height, width), video.fps)
+    rows, titles, stats = [], [], _Tracks()
+    (folder / "masks").mkdir()
+    if segmentation.partition is not None:
+        (folder / "slots").mkdir()
+    done = 0
+    with VideoWriter(folder / "overlay.mp4", video.fps) as writer:
+        for t, frame in enumerate(video.frames()):
+            if t == n_frames:
+                raise UserError(f"{video.name} has more frames than the {n_frames} that were segmented")
+            frame = np.asarray(frame)
+            tracks = _fitted(segmentation.tracks[t], frame.shape[:2])
+            layers = {"objects": tracks}
+            write_indexed_png(folder / "masks" / f"{t:05d}.png", tracks)
+            stats.add(t, tracks)
+            if segmentation.partition is not None:
+                layers["slots"] = np.asarray(segmentation.partition[t])
+                write_indexed_png(folder / "slots" / f"{t:05d}.png", _fitted(layers["slots"], frame.shape[:2]))
+            for name in ("semantic", "instance"):
+                if getattr(maps, name) is not None:
+                    layers[name] = getattr(maps, name)[t]
+            picture = overlay(frame, tracks)
+            writer.write(picture)
+            report.add(t, frame, layers, None if maps.attention is None else maps.attention[t])
+            if t in shown:
+                rows.append(_sheet_row(frame, picture, layers))
+                titles.append(f"{t / video.fps:.1f} s")
+            done = t + 1
+            if progress is not None:
+                progress(done, n_frames)
+    if done != n_frames:
+        raise UserError(f"{video.name} has {done} readable frames, but {n_frames} were segmented")
+    objects = stats.summary(segmentation.scores, segmentation.foreground)
+    third = ["semantic map"] if "semantic" in layers else ["slots"] if "slots" in layers else []
+    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {len(segmentation.foreground)} foreground"
+    contact_sheet(
+        rows, columns=["image", "objects", *third], row_titles=titles, title=segmentation.name, subtitle=subtitle
+    ).save(folder / "sheet.png")
+    summary = {
+        "name": segmentation.name, "frames": n_frames, "width": width, "height": height, "fps": float(video.fps),
+        "foreground": [int(k) for k in segmentation.foreground], "objects": objects, "settings": settings,
+    }
+    (folder / "objects.json").write_text(json.dumps(summary) + "\n")
+    report.write(folder / "report.html", objects)
+
+
+def _sheet_row(frame, picture, layers) -> list[np.ndarray]:
+    third = layers.get("semantic", layers.get("slots"))
+    if third is None:
+        return [frame, picture]
+    return [frame, picture, overlay(frame, _fitted(third, frame.shape[:2]), alpha=0.7, labels=False)]
+
+
+def _fitted(index, shape: tuple[int, int]) -> np.ndarray:
+    index = np.asarray(index)
+    if index.shape == shape:
+        return index
+    return np.asarray(Image.fromarray(index).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+class _Tracks:
+    """Boxes and areas of the tracks, gathered frame by frame."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, dict[str, list]] = {}
+
+    def add(self, t: int, tracks: np.ndarray) -> None:
+        areas = np.bincount(tracks.ravel(), minlength=256)
+        for identity, box in enumerate(ndimage.find_objects(tracks), start=1):
+            if box is None:
+                continue
+            seen = self._seen.setdefault(identity, {"frames": [], "boxes": [], "areas": []})
+            seen["frames"].append(t)
+            seen["boxes"].append([box[1].start, box[0].start, box[1].stop, box[0].stop])
+            seen["areas"].append(int(areas[identity]))
+
+    def summary(self, scores: dict[int, float], foreground: tuple[int, ...]) -> list[dict]:
+        """One dict a track: boxes are [left, top, right, bottom) in pixels, areas are in pixels."""
+        return [
+            {
+                "id": identity, "score": float(scores[identity]) if identity in scores else None,
+                "foreground": identity in foreground, "first_frame": seen["frames"][0],
+                "last_frame": seen["frames"][-1], **seen,
+            }
+            for identity, seen in sorted(self._seen.items())
+        ]
