@@ -1,7 +1,7 @@
 """The losses: semantic alignment by optimal transport, instance alignment by assignment, and diversity.
 
-Shapes: B clips of T frames, HW positions, N semantics with P instances each, D channels. What comes from the teacher
-carries no gradient.
+Shapes: B clips of T frames, HW positions, N semantics with P instances each, D channels. What comes from the
+teacher carries no gradient.
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from objslot.errors import UserError
-from objslot.ops import assign, sinkhorn_transport
+from objslot.ops import assign
+from objslot.ops.transport import alignment
 
 # The least mass, on a scale of 0 to 1, that a position keeps before a frame's masses are made to sum to one.
 _MASS_FLOOR = 1e-4
@@ -18,11 +19,11 @@ _MARGIN = 0.5
 
 
 def marginals(kind: str, keys: Tensor, cls_attention: Tensor | None = None) -> Tensor | None:
-    """Mass of every position in the transport plan, (B, T, HW) float32 summing to 1 over HW; None stands for uniform.
+    """Mass of every position in the transport plan: (B, T, HW) float32 of sum 1 over HW, or None if uniform.
 
-    `kind`: "uniform"; "caam", the channel mean of the ReLU of `keys` (B, T, HW, D), min-max scaled in each frame
-    (class-agnostic activation map); "attention", `cls_attention` (B, T, HW). Raises `UserError` for another kind, or
-    without the attention it needs.
+    `kind` is "uniform"; "caam", the class-agnostic activation map: channel mean of the ReLU of `keys`
+    (B, T, HW, D), min-max scaled in each frame; or "attention": `cls_attention` (B, T, HW). Raises
+    `UserError` for another kind, or without the attention it needs.
     """
     if kind == "uniform":
         return None
@@ -50,12 +51,13 @@ def semantic_alignment_loss(
     eps: float = 0.05,
     n_iters: int = 3,
 ) -> Tensor:
-    """Cross-entropy between semantics that optimal transport pairs up, mean over the ordered pairs of frames i != j.
+    """Cross-entropy of semantics that optimal transport pairs up, mean over the ordered pairs of frames.
 
-    sum over u, v of plan[u, v] * CE(teacher_masks_j[:, v], softmax(student_logits_i)[:, u]), where the plan between
-    frames i and j is entropic transport on the cosine of `teacher_keys`, with marginals `mass`. The cross-entropy is
-    linear in the teacher's mask, so this is -<log softmax(student_logits_i), plan @ teacher_masks_j> and the plan
-    itself is never made. It is a constant for the gradient, which reaches `student_logits` alone.
+    sum over u, v of plan[u, v] * CE(teacher_masks_j[:, v], softmax(student_logits_i)[:, u]), where the plan
+    between frames i and j is entropic transport on the cosine of `teacher_keys`, with marginals `mass`. The
+    cross-entropy is linear in the teacher's mask, so this is -<log softmax(student_logits_i), plan @
+    teacher_masks_j> and the plan itself is never made. It is a constant for the gradient, which reaches
+    `student_logits` alone.
 
     Args:
         student_logits: (B, T, N, HW) semantic logits.
@@ -71,32 +73,18 @@ def semantic_alignment_loss(
     if frames < 2:
         raise UserError(f"semantic alignment: got clips of {frames} frame, expected at least 2")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    first, second = _ordered_pairs(frames, student_logits.device)
     with torch.no_grad():
-        keys = F.normalize(teacher_keys.to(dtype), dim=-1)
-        values = teacher_masks.to(dtype).transpose(-1, -2)
-        target = sinkhorn_transport(
-            keys[:, first],
-            keys[:, second],
-            values[:, second],
-            None if mass is None else mass.to(dtype)[:, first],
-            None if mass is None else mass.to(dtype)[:, second],
+        # The student's side is the same for every j, so the targets of a frame add up before the product.
+        target = alignment(
+            teacher_keys.to(dtype),
+            teacher_masks.to(dtype).transpose(-1, -2),
+            None if mass is None else mass.to(dtype),
             eps=eps,
             n_iters=n_iters,
-            similarity="dot",
         )
-        # The student's side is the same for every j, so the targets of a frame add up before the product.
-        target = target.unflatten(1, (frames, frames - 1)).mean(dim=2)
+        target = target / (frames - 1)
     log_masks = student_logits.to(dtype).log_softmax(dim=2)
     return -(log_masks * target.transpose(-1, -2)).sum(dim=(2, 3)).mean()
-
-
-def _ordered_pairs(frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices (T * (T - 1),) of the frames i and j of all pairs i != j, i slowest."""
-    index = torch.arange(frames, device=device)
-    first, second = torch.meshgrid(index, index, indexing="ij")
-    different = first != second
-    return first[different], second[different]
 
 
 def valid_instances(
@@ -110,20 +98,26 @@ def valid_instances(
 ) -> Tensor:
     """Which instances take part in the alignment: (B, T, N, P) bool.
 
-    An instance is valid when the cosine of its slot (B, T, N, P, D) to that of its semantics (B, T, N, D) is above
-    `similarity` and the share of positions where the semantic mask (B, T, N, HW) exceeds `threshold` is above `area`.
+    An instance is valid when the cosine of its slot (B, T, N, P, D) to that of its semantics (B, T, N, D)
+    is above `similarity` and the share of positions where the semantic mask (B, T, N, HW) exceeds
+    `threshold` is above `area`.
     """
-    close = F.cosine_similarity(semantic_slots.unsqueeze(-2).float(), instance_slots.float(), dim=-1) > similarity
+    close = (
+        F.cosine_similarity(semantic_slots.unsqueeze(-2).float(), instance_slots.float(), dim=-1) > similarity
+    )
     present = (semantic > threshold).float().mean(dim=-1) > area
     return close & present.unsqueeze(-1)
 
 
-def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Tensor, teacher_valid: Tensor) -> Tensor:
+def instance_alignment_loss(
+    student: Tensor, teacher: Tensor, student_valid: Tensor, teacher_valid: Tensor
+) -> Tensor:
     """Pull matched instances of the same semantics together over all ordered pairs of frames, i = j included.
 
-    With S the cosine of student instance p of frame i and teacher instance q of frame j, matched one to one by the
-    exact assignment of greatest total S, an instance adds: mean over the unmatched q of relu(S[p, q] - 0.5), minus
-    S[p, match] where the match is valid. The mean is over the valid student instances; 0 when there is none.
+    With S the cosine of student instance p of frame i and teacher instance q of frame j, matched one to one
+    by the exact assignment of greatest total S, an instance adds: mean over the unmatched q of relu(S[p, q]
+    - 0.5), minus S[p, match] where the match is valid. The mean is over the valid student instances; 0 when
+    there is none.
 
     Args:
         student, teacher: (B, T, N, P, D) projected slots, of any norm. No gradient reaches the teacher's.
@@ -138,7 +132,9 @@ def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Ten
     similarity = student @ teacher.transpose(-1, -2)
     match = assign(similarity.detach())
     matched = similarity.gather(-1, match.unsqueeze(-1)).squeeze(-1)
-    unmatched = ((similarity - _MARGIN).relu().sum(dim=-1) - (matched - _MARGIN).relu()) / max(instances - 1, 1)
+    unmatched = ((similarity - _MARGIN).relu().sum(dim=-1) - (matched - _MARGIN).relu()) / max(
+        instances - 1, 1
+    )
     match_valid = teacher_valid.unsqueeze(1).expand(match.shape).gather(-1, match)
     term = unmatched - match_valid * matched
     counted = student_valid.unsqueeze(2).expand(match.shape)
@@ -146,7 +142,7 @@ def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Ten
 
 
 def diversity_loss(semantic: Tensor) -> Tensor:
-    """Mean cosine over positions between the masks of different semantics; `semantic` (B, T, N, HW), N = 1 gives 0."""
+    """Mean cosine between the masks (B, T, N, HW) of different semantics over positions; 0 for N = 1."""
     semantics = semantic.shape[-2]
     masks = F.normalize(semantic.to(torch.promote_types(semantic.dtype, torch.float32)), dim=-1)
     # The sum over all pairs of unit vectors is the squared norm of their sum.

@@ -7,18 +7,64 @@ from typing import Any, Literal
 
 from objslot.errors import UserError
 
-_CHOICES = {
-    "key_center": ("bias", "none", "mean"),
-    "update": ("residual", "gru"),
-    "aggregation": ("soft", "hard", "raw_logit", "none"),
-    "correspondence": ("cosine", "raw"),
-    "sampling": ("other", "self"),
-    "marginal": ("uniform", "caam", "attention"),
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_count(value) -> bool:
+    return _is_integer(value) and value >= 1
+
+
+def _is_size(value) -> bool:
+    return _is_count(value) or (isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value)))
+
+
+def _one_of(*choices):
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+_TEXT = (lambda value: isinstance(value, str) and value != "", "a name that is not empty")
+_PATH = (lambda value: value is None or (isinstance(value, str) and value != ""), "the path of a file")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_COUNT = (_is_count, "an integer of at least 1")
+_POSITIVE = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_WEIGHT = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
+_SHARE = (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+
+_CHECKS = {
+    "encoder": _TEXT,
+    "weights": _PATH,
+    "pretrained": _FLAG,
+    "image_size": (_is_size, "a number of pixels, or a pair (height, width) of them"),
+    "key_center": _one_of("bias", "none", "mean"),
+    "slots": _COUNT,
+    "instances": _COUNT,
+    "iterations": _COUNT,
+    "update": _one_of("residual", "gru"),
+    "aggregation": _one_of("soft", "hard", "raw_logit", "none"),
+    "correspondence": _one_of("cosine", "raw"),
+    "correspondence_temperature": _POSITIVE,
+    "sampling": _one_of("other", "self"),
+    "n_other": _COUNT,
+    "full_bptt": _FLAG,
+    "eps": _POSITIVE,
+    "sinkhorn_iterations": _COUNT,
+    "marginal": _one_of("uniform", "caam", "attention"),
+    "valid_similarity": (lambda value: _is_number(value) and -1 <= value <= 1, "a number from -1 to 1"),
+    "valid_threshold": _SHARE,
+    "valid_area": _SHARE,
+    "semantic_weight": _WEIGHT,
+    "instance_weight": _WEIGHT,
+    "diversity_weight": _WEIGHT,
+    "teacher_momentum": _SHARE,
+    "train_encoder": _FLAG,
+    "width": (lambda value: value is None or _is_count(value), "an integer of at least 1, or none"),
 }
-_POSITIVE_INTEGERS = ("slots", "instances", "iterations", "n_other", "sinkhorn_iterations")
-_POSITIVE_NUMBERS = ("correspondence_temperature", "eps")
-_WEIGHTS = ("semantic_weight", "instance_weight", "diversity_weight")
-_FLAGS = ("pretrained", "full_bptt", "train_encoder")
 
 
 @dataclass(frozen=True)
@@ -86,29 +132,11 @@ class SMTCConfig:
     def __post_init__(self):
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        for name in _POSITIVE_INTEGERS:
-            _require(_is_integer(getattr(self, name)) and getattr(self, name) >= 1, self, name, "an integer >= 1")
-        for name in _POSITIVE_NUMBERS:
-            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number > 0")
-        for name in _WEIGHTS:
-            _require(_is_number(getattr(self, name)) and getattr(self, name) >= 0, self, name, "a number >= 0")
-        for name in _FLAGS:
-            _require(isinstance(getattr(self, name), bool), self, name, "true or false")
-        for name in ("valid_threshold", "valid_area", "teacher_momentum"):
-            value = getattr(self, name)
-            _require(_is_number(value) and 0 <= value <= 1, self, name, "a number between 0 and 1")
-        value = self.valid_similarity
-        _require(_is_number(value) and -1 <= value <= 1, self, "valid_similarity", "a number between -1 and 1")
-        _require(isinstance(self.encoder, str) and self.encoder != "", self, "encoder", "the name of an encoder")
-        _require(self.weights is None or isinstance(self.weights, str), self, "weights", "the path of a file")
-        _require(self.width is None or (_is_integer(self.width) and self.width >= 1), self, "width",
-                 "an integer >= 1, or none")
-        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
-        _require(len(size) == 2 and all(_is_integer(side) and side >= 1 for side in size), self, "image_size",
-                 "a number of pixels or a pair of them")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            holds, expected = _CHECKS[field.name]
+            if not holds(value):
+                raise UserError(f"{field.name}: got {value!r}, expected {expected}")
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -124,21 +152,10 @@ class SMTCConfig:
         """The configuration `to_dict` gave; raises `UserError` on anything else."""
         if not isinstance(values, dict):
             raise UserError(f"model configuration: got {type(values).__name__}, expected named fields")
-        unknown = sorted(str(name) for name in set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(map(str, set(values) - set(_CHECKS)))
         if unknown:
-            raise UserError(f"model configuration: unknown field {unknown[0]!r} ({len(unknown)} in all); "
-                            "was it written by another version?")
+            raise UserError(
+                f"model configuration: unknown field {unknown[0]!r} ({len(unknown)} in all); "
+                "was it written by another version?"
+            )
         return cls(**values)
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _require(holds: bool, config: SMTCConfig, name: str, expected: str):
-    if not holds:
-        raise UserError(f"{name}: got {getattr(config, name)!r}, expected {expected}")

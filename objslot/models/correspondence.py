@@ -10,21 +10,23 @@ from objslot.errors import UserError
 def draw_other_frames(
     clips: int, frames: int, count: int, *, sampling: str = "other", generator: torch.Generator | None = None
 ) -> Tensor:
-    """(B, T, count) int64: for every frame of every clip `count` different other frames, or with "self" the frame.
+    """(B, T, count) int64: `count` different other frames for every frame of every clip; with "self", itself.
 
-    Drawn on the CPU, so that a seed gives the same frames on every device. Raises `UserError` when a clip has fewer
-    than `count` other frames.
+    Drawn on the CPU, so that a seed gives the same frames on every device. Raises `UserError` when a clip
+    has fewer than `count` other frames.
     """
     if sampling == "self":
         return torch.arange(frames).view(1, frames, 1).expand(clips, frames, 1)
     if count > frames - 1:
-        raise UserError(f"n_other: got {count}, expected at most {frames - 1} other frames in clips of {frames}")
+        raise UserError(
+            f"n_other: got {count}, expected at most {frames - 1} other frames in clips of {frames}"
+        )
     order = torch.rand(clips, frames, frames - 1, generator=generator).argsort(dim=-1)[..., :count]
     return order + (order >= torch.arange(frames).view(1, frames, 1))
 
 
 def previous_frames(frames: int, *, sampling: str = "other") -> Tensor:
-    """(T,) int64: the frame that each frame corresponds to at inference: the one before, for the first the one after."""
+    """(T,) int64: what each frame corresponds to at inference: the one before, the first to the one after."""
     index = torch.arange(frames)
     if sampling == "self" or frames == 1:
         return index
@@ -41,11 +43,13 @@ class TemporalFusion(nn.Module):
     """X = F + E: features of a frame joined with what corresponds to them in other frames.
 
     E = W C + b over the positions of the other frame, W: width x positions of the training grid. With
-    `correspondence="cosine"` C is the cosine over `temperature`, and E is layer-normalised and scaled by a learned
-    number that starts at 1; "raw" takes dot products and no normalisation.
+    `correspondence="cosine"` C is the cosine over `temperature`, and E is layer-normalised and scaled by a
+    learned number that starts at 1; "raw" takes dot products and no normalisation.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int], *, correspondence: str = "cosine", temperature: float = 0.1):
+    def __init__(
+        self, width: int, grid: tuple[int, int], *, correspondence: str = "cosine", temperature: float = 0.1
+    ):
         super().__init__()
         self.grid = tuple(grid)
         self.correspondence = correspondence

@@ -32,8 +32,9 @@ class FrameFeatures(NamedTuple):
 def register_encoder(name: str, factory: Callable[[bool], nn.Module]):
     """Make an encoder of your own available as `SMTCConfig(encoder=name)`.
 
-    `factory(pretrained)` returns a timm-style VisionTransformer (built with `dynamic_img_size=True` to take any
-    frame size) or ResNet, with its own weights when `pretrained` is true. Registering a name again replaces it.
+    `factory(pretrained)` returns a timm-style VisionTransformer (built with `dynamic_img_size=True` to take
+    any frame size) or ResNet, with its own weights when `pretrained` is true. Registering a name again
+    replaces it.
     """
     if not isinstance(name, str) or not name:
         raise UserError(f"name: got {name!r}, expected a non-empty string")
@@ -49,7 +50,9 @@ class Encoder(nn.Module):
     Raises `UserError` when `model` is no such ViT or ResNet.
     """
 
-    def __init__(self, model: nn.Module, *, name: str = "encoder", key_center: str = "bias", train: bool = False):
+    def __init__(
+        self, model: nn.Module, *, name: str = "encoder", key_center: str = "bias", train: bool = False
+    ):
         super().__init__()
         self.name = name
         self.key_center = key_center
@@ -76,20 +79,28 @@ class Encoder(nn.Module):
         attention = getattr(blocks[-1], "attn", None) if blocks is not None and len(blocks) else None
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
         if attention is None or patch is None or not hasattr(model, "forward_features"):
-            raise UserError(f"encoder {self.name}: {type(model).__name__} is no ViT with blocks[-1].attn and "
-                            "patch_embed, and no ResNet; choose a vit_*, deit*, eva* or resnet* model of timm")
+            raise UserError(
+                f"encoder {self.name}: {type(model).__name__} is no ViT with blocks[-1].attn and "
+                "patch_embed, and no ResNet; choose a vit_*, deit*, eva* or resnet* model of timm"
+            )
         projection = getattr(attention, "qkv", None) or getattr(attention, "k_proj", None)
         if not isinstance(projection, nn.Linear):
-            raise UserError(f"encoder {self.name}: the attention of its last block, {type(attention).__name__}, has "
-                            "neither a linear qkv nor a linear k_proj, so its keys cannot be read")
+            raise UserError(
+                f"encoder {self.name}: the attention of its last block, {type(attention).__name__}, has "
+                "neither a linear qkv nor a linear k_proj, so its keys cannot be read"
+            )
         height, width = patch if isinstance(patch, tuple) else (patch, patch)
         if height != width:
-            raise UserError(f"encoder {self.name}: got patches of {height} x {width} pixels, expected square ones")
+            raise UserError(
+                f"encoder {self.name}: got patches of {height} x {width} pixels, expected square ones"
+            )
         self.patch_size = int(height)
         fused = getattr(attention, "qkv", None) is not None
         self.width = projection.out_features // 3 if fused else projection.out_features
-        # Other attentions add position terms to the logits, so their weights do not follow from q and k alone.
-        self.has_cls_attention = type(attention) is Attention and getattr(model, "cls_token", None) is not None
+        # Other attentions add position terms to the logits: their weights do not follow from q and k alone.
+        self.has_cls_attention = (
+            type(attention) is Attention and getattr(model, "cls_token", None) is not None
+        )
 
     def set_training(self, train: bool):
         """Let the encoder learn, or freeze it: eval mode, no gradient."""
@@ -101,22 +112,32 @@ class Encoder(nn.Module):
         return super().train(mode and self.trains)
 
     def snap(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The largest (height, width) in pixels up to `size` that this encoder divides into whole positions."""
+        """The largest (height, width) in pixels, up to `size`, that makes whole positions."""
         snapped = tuple(side // self.patch_size * self.patch_size for side in size)
         if min(snapped) == 0:
-            raise UserError(f"frame size: got {size[0]} x {size[1]} pixels, expected at least {self.patch_size} each way")
+            raise UserError(
+                f"frame size: got {size[0]} x {size[1]} pixels, expected at least {self.patch_size} each way"
+            )
         return snapped
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) positions of frames of `size` (height, width) in pixels; `UserError` when it does not divide."""
+        """(h, w) positions of frames of `size` (height, width) in pixels; `UserError` unless whole."""
         height, width = size
         if height % self.patch_size or width % self.patch_size or not height or not width:
-            raise UserError(f"frame size: got {height} x {width} pixels, expected multiples of {self.patch_size} "
-                            f"for encoder {self.name}")
+            raise UserError(
+                f"frame size: got {height} x {width} pixels, expected multiples of {self.patch_size} "
+                f"for encoder {self.name}"
+            )
         fixed = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        if fixed is not None and not getattr(self.model, "dynamic_img_size", False) and tuple(fixed) != tuple(size):
-            raise UserError(f"frame size: got {height} x {width} pixels, expected {fixed[0]} x {fixed[1]}, the only size "
-                            f"of encoder {self.name} (a VisionTransformer takes any with dynamic_img_size=True)")
+        if (
+            fixed is not None
+            and not getattr(self.model, "dynamic_img_size", False)
+            and tuple(fixed) != tuple(size)
+        ):
+            raise UserError(
+                f"frame size: got {height} x {width} pixels, expected {fixed[0]} x {fixed[1]}, the only size "
+                f"of encoder {self.name} (a VisionTransformer takes any with dynamic_img_size=True)"
+            )
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, frames: Tensor) -> FrameFeatures:
@@ -125,8 +146,10 @@ class Encoder(nn.Module):
         H and W are multiples of `patch_size`. Raises `UserError` otherwise.
         """
         if frames.ndim != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
-            raise UserError(f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected floating point "
-                            "(clips, frames, 3, height, width)")
+            raise UserError(
+                f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected floating point "
+                "(clips, frames, 3, height, width)"
+            )
         grid = self.grid(tuple(frames.shape[-2:]))
         leading = frames.shape[:2]
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
@@ -149,20 +172,24 @@ class Encoder(nn.Module):
     def _resnet_features(self, frames: Tensor, grid: tuple[int, int]):
         features = self.model.forward_features(frames)
         if tuple(features.shape[-2:]) != grid:
-            raise UserError(f"encoder {self.name}: its res4 has {features.shape[-2]} x {features.shape[-1]} positions, "
-                            f"expected {grid[0]} x {grid[1]}; build it with output_stride=8")
+            raise UserError(
+                f"encoder {self.name}: its res4 has {features.shape[-2]} x {features.shape[-1]} positions, "
+                f"expected {grid[0]} x {grid[1]}; build it with output_stride=8"
+            )
         tokens = features.flatten(2).transpose(1, 2)
         return tokens, tokens, None
 
     def _transformer_features(self, frames: Tensor, grid: tuple[int, int]):
         tokens = self.model.forward_features(frames)
-        # The input of the attention, not the output of its qkv layer: some models call the weight without the layer.
+        # The input of the attention, not the output of its qkv: some models use its weight without its call.
         x, self._block_input = self._block_input, None
         prefix = int(getattr(self.model, "num_prefix_tokens", 1))
         expected = prefix + grid[0] * grid[1]
         if x is None or x.ndim != 3 or x.shape[1] != expected or tokens.shape[:2] != x.shape[:2]:
-            raise UserError(f"encoder {self.name}: its last block sees {None if x is None else tuple(x.shape)}, expected "
-                            f"{expected} tokens a frame ({prefix} prefix and {grid[0]} x {grid[1]})")
+            raise UserError(
+                f"encoder {self.name}: its last block sees {None if x is None else tuple(x.shape)}, expected "
+                f"{expected} tokens a frame ({prefix} prefix and {grid[0]} x {grid[1]})"
+            )
         attention = self.model.blocks[-1].attn
         query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attention)
         keys = F.linear(x, key_weight)
@@ -171,7 +198,7 @@ class Encoder(nn.Module):
         if self.has_cls_attention:
             query = F.linear(x[:, :1], query_weight, query_bias)
             cls_attention = _class_attention(attention, query, biased_keys)[:, prefix:]
-        # The key bias adds the same to every logit of a query, so leaving it out takes nothing the model itself uses.
+        # The key bias adds the same to every logit of a query, so the model itself never sees its effect.
         if self.key_center == "none":
             keys = biased_keys
         return keys[:, prefix:], tokens[:, prefix:], cls_attention
@@ -205,16 +232,18 @@ def build_encoder(
     key_center: str = "bias",
     train: bool = False,
 ) -> Encoder:
-    """An encoder by its registered or timm name, with weights from a local file, published ones, or random ones.
+    """An encoder by its registered or timm name, with weights from a file, published ones, or random ones.
 
     `image_size` (height, width) in pixels matters only to models that cannot change their frame size later.
-    Raises `UserError` for an unknown name, a model of another kind, wrong weights, or weights that are only on
-    the hub when there is no network.
+    Raises `UserError` for an unknown name, a model of another kind, wrong weights, or weights that are only
+    on the hub when there is no network.
     """
     if name in _registered:
         model = _registered[name](pretrained and weights is None)
         if not isinstance(model, nn.Module):
-            raise UserError(f"encoder {name}: its factory returned {type(model).__name__}, expected an nn.Module")
+            raise UserError(
+                f"encoder {name}: its factory returned {type(model).__name__}, expected an nn.Module"
+            )
     else:
         model = _create_timm(name, pretrained and weights is None, image_size)
     encoder = Encoder(model, name=name, key_center=key_center, train=train)

@@ -18,8 +18,8 @@ WEIGHTS = "model.safetensors"
 def save_model(directory: str | Path, config: dict[str, Any], state: dict[str, Tensor]):
     """Write the configuration under "model" of config.json, and the tensors.
 
-    What else an existing config.json holds stays. Raises `UserError` when it describes another model, `OSError` when
-    writing fails; the files that were there are then unchanged.
+    What else an existing config.json holds stays. Raises `UserError` when it describes another model,
+    `OSError` when writing fails; the files that were there are then unchanged.
     """
     from safetensors.torch import save_file
 
@@ -55,7 +55,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]):
 
 
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Tensor]]:
-    """The configuration and the tensors of a saved model; raises `UserError` when they are not there or damaged."""
+    """The configuration and the tensors of a saved model; `UserError` when they are missing or damaged."""
     from safetensors.torch import load_file
 
     directory = Path(directory)
@@ -78,8 +78,10 @@ def restore(model: nn.Module, state: dict[str, Tensor], directory: str | Path):
     wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     wrong += [name for name in state if name not in expected]
     if wrong:
-        raise UserError(f"{Path(directory) / WEIGHTS} does not fit its {CONFIG}: {len(wrong)} of {len(expected)} tensors "
-                        f"are missing, unexpected or of another shape (such as {wrong[0]})")
+        raise UserError(
+            f"{Path(directory) / WEIGHTS} does not fit its {CONFIG}: {len(wrong)} of {len(expected)} tensors "
+            f"are missing, unexpected or of another shape (such as {wrong[0]})"
+        )
     model.load_state_dict(state)
 
 

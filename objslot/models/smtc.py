@@ -1,7 +1,7 @@
 """SMTC: semantic slots shared by all videos, instance slots inside each, learned from unlabelled clips.
 
-Qian, Ding, Liu, Lin: Semantics Meets Temporal Correspondence: Self-supervised Object-centric Learning in Videos,
-ICCV 2023.
+Qian, Ding, Liu, Lin: Semantics Meets Temporal Correspondence: Self-supervised Object-centric Learning in
+Videos, ICCV 2023.
 """
 
 import copy
@@ -31,7 +31,7 @@ class IterationMaps(NamedTuple):
 
 
 class SlotMaps(NamedTuple):
-    """What a model finds in B clips of T frames: N semantics, P instances of each, on an h x w grid of HW positions."""
+    """N semantics and P instances of each, found in B clips of T frames on an h x w grid of HW positions."""
 
     semantic: Tensor
     """(B, T, N, HW): A, softmax over N."""
@@ -50,7 +50,7 @@ class SlotMaps(NamedTuple):
 
 
 class SlotBranch(nn.Module):
-    """What student and teacher have one each of: projection, fusion, the two slot stages and the instance head."""
+    """What student and teacher have one each of: projection, fusion, both slot stages, instance head."""
 
     def __init__(self, config: SMTCConfig, encoder_width: int, grid: tuple[int, int]):
         super().__init__()
@@ -71,9 +71,10 @@ class SlotBranch(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 
     def forward(self, keys: Tensor, other: Tensor, **slot_options):
-        """Slots of frames with `keys` (B, T, HW, D) that correspond to `other`, what `TemporalFusion.prepare` made.
+        """SemanticSlots of frames with `keys` (B, T, HW, D), and the fusion ratio.
 
-        Returns nn's SemanticSlots and the fusion ratio; `slot_options` go to SemanticSlotAttention.
+        `other` are the frames they correspond to, from `TemporalFusion.prepare`; `slot_options` go to
+        SemanticSlotAttention.
         """
         fused, ratio = self.fusion(self.project(keys), keys, other)
         return self.slots(fused, **slot_options), ratio
@@ -82,9 +83,9 @@ class SlotBranch(nn.Module):
 class SMTC(nn.Module):
     """The model: an encoder, a student that learns, and a teacher that follows it as a moving average.
 
-    `grid` and `frame_size` are the positions and the pixels, (height, width), of training frames; `width` is that of
-    the slots. Call it to get the losses, `segment` to get masks. Raises `UserError` for an encoder that cannot be
-    had, or that gives no class-token attention where the configuration needs it.
+    `grid` and `frame_size` are the positions and the pixels, (height, width), of training frames; `width`
+    is that of the slots. Call it to get the losses, `segment` to get masks. Raises `UserError` for an
+    encoder that cannot be had, or that gives no class-token attention where the configuration needs it.
     """
 
     def __init__(self, config: SMTCConfig):
@@ -99,7 +100,9 @@ class SMTC(nn.Module):
             train=config.train_encoder,
         )
         if config.marginal == "attention" and not self.encoder.has_cls_attention:
-            raise UserError(f'marginal: got "attention", but encoder {config.encoder} gives no class-token attention')
+            raise UserError(
+                f'marginal: got "attention", but encoder {config.encoder} gives no class-token attention'
+            )
         self.frame_size = self.encoder.snap(config.frame_size)
         self.grid = self.encoder.grid(self.frame_size)
         self.width = config.width or self.encoder.width
@@ -139,9 +142,9 @@ class SMTC(nn.Module):
         Frames are (B, T, 3, H, W), normalised; features come from `encode`. `generator` draws the frames that
         correspond and the noise of the instances.
 
-        Returns scalars: loss (weighted sum), semantic, instance, diversity; without gradient valid_share (valid
-        student instances) and fusion_ratio (|E| / |F|). Raises `UserError` for clips that do not fit each other,
-        or are too short.
+        Returns scalars: loss (weighted sum), semantic, instance, diversity; without gradient valid_share
+        (valid student instances) and fusion_ratio (|E| / |F|). Raises `UserError` for clips that do not fit
+        each other, or are too short.
         """
         config = self.config
         if not isinstance(student, FrameFeatures):
@@ -150,21 +153,33 @@ class SMTC(nn.Module):
             if not isinstance(teacher, FrameFeatures):
                 teacher = self.encode(teacher, use_teacher=True)
         if student.keys.shape != teacher.keys.shape or student.grid != teacher.grid:
-            raise UserError(f"teacher: got features {tuple(teacher.keys.shape)} on grid {teacher.grid}, expected those of "
-                            f"the student, {tuple(student.keys.shape)} on grid {student.grid}")
+            raise UserError(
+                f"teacher: got features {tuple(teacher.keys.shape)} on grid {teacher.grid}, expected those "
+                f"of the student, {tuple(student.keys.shape)} on grid {student.grid}"
+            )
         clips, frames = student.keys.shape[:2]
-        index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling, generator=generator)
+        index = draw_other_frames(
+            clips, frames, config.n_other, sampling=config.sampling, generator=generator
+        )
         noise_shape = (clips, frames, config.slots, config.instances, self.width)
 
-        found, ratio = self._slots(self.student, student, index, _draw(noise_shape, student.keys.device, generator))
+        found, ratio = self._slots(
+            self.student, student, index, _draw(noise_shape, student.keys.device, generator)
+        )
         with torch.no_grad():
-            target, _ = self._slots(self.teacher, teacher, index, _draw(noise_shape, student.keys.device, generator))
+            target, _ = self._slots(
+                self.teacher, teacher, index, _draw(noise_shape, student.keys.device, generator)
+            )
             target_objects = self.teacher.head(target.instance_slots)
             mass = objectives.marginals(config.marginal, teacher.keys, teacher.cls_attention)
             valid, target_valid = (self._valid(slots) for slots in (found, target))
 
         semantic = objectives.semantic_alignment_loss(
-            found.semantic_logits, target.semantic, teacher.keys, mass, eps=config.eps,
+            found.semantic_logits,
+            target.semantic,
+            teacher.keys,
+            mass,
+            eps=config.eps,
             n_iters=config.sinkhorn_iterations,
         )
         instance = objectives.instance_alignment_loss(
@@ -193,8 +208,12 @@ class SMTC(nn.Module):
     def _valid(self, slots) -> Tensor:
         config = self.config
         return objectives.valid_instances(
-            slots.semantic, slots.semantic_slots, slots.instance_slots, similarity=config.valid_similarity,
-            threshold=config.valid_threshold, area=config.valid_area,
+            slots.semantic,
+            slots.semantic_slots,
+            slots.instance_slots,
+            similarity=config.valid_similarity,
+            threshold=config.valid_threshold,
+            area=config.valid_area,
         )
 
     @torch.no_grad()
@@ -205,7 +224,7 @@ class SMTC(nn.Module):
             _follow(self.teacher_encoder, self.encoder, self.config.teacher_momentum)
 
     def parameter_groups(self, lr: float, weight_decay: float, encoder_lr_scale: float) -> list[dict]:
-        """What learns, as groups for an optimiser: weight decay on matrices only, the encoder at a scaled rate."""
+        """What learns, for an optimiser: weight decay on matrices only, the encoder at a scaled rate."""
         groups = []
         parts = [("slots", self.student, lr)]
         if self.config.train_encoder:
@@ -213,7 +232,9 @@ class SMTC(nn.Module):
         for name, module, rate in parts:
             matrices = _matrices(module)
             rest = [parameter for parameter in module.parameters() if id(parameter) not in matrices]
-            groups.append({"name": name, "params": list(matrices.values()), "lr": rate, "weight_decay": weight_decay})
+            groups.append(
+                {"name": name, "params": list(matrices.values()), "lr": rate, "weight_decay": weight_decay}
+            )
             groups.append({"name": f"{name} without decay", "params": rest, "lr": rate, "weight_decay": 0.0})
         return groups
 
@@ -231,10 +252,11 @@ class SMTC(nn.Module):
     ) -> SlotMaps:
         """Masks of B clips of T frames, on any grid, with any number of instances and iterations.
 
-        A frame corresponds to the one before it; the first to the frame whose `previous_keys` (B, HW, D) are given,
-        else to the one after it. The noise of the instances is drawn once from `seed`: an instance starts the same in
-        every frame, whatever the batch, and the first P instances start the same for every larger P. So a video in
-        chunks, each given the last keys of the one before, gives what it gives as a whole.
+        A frame corresponds to the one before it; the first to the frame whose `previous_keys` (B, HW, D)
+        are given, else to the one after it. The noise of the instances is drawn once from `seed`: an
+        instance starts the same in every frame, whatever the batch, and the first P instances start the
+        same for every larger P. So a video in chunks, each given the last keys of the one before, gives
+        what it gives as a whole.
 
         Raises `UserError` for features of another width or grid, or counts below 1.
         """
@@ -243,11 +265,19 @@ class SMTC(nn.Module):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name}: got {value!r}, expected an integer >= 1")
         keys = features.keys
-        if keys.ndim != 4 or keys.shape[2] != features.grid[0] * features.grid[1] or keys.shape[3] != self.encoder.width:
-            raise UserError(f"features: got keys {tuple(keys.shape)} on grid {tuple(features.grid)}, expected "
-                            f"(clips, frames, positions of the grid, {self.encoder.width})")
+        if (
+            keys.ndim != 4
+            or keys.shape[2] != features.grid[0] * features.grid[1]
+            or keys.shape[3] != self.encoder.width
+        ):
+            raise UserError(
+                f"features: got keys {tuple(keys.shape)} on grid {tuple(features.grid)}, expected "
+                f"(clips, frames, positions of the grid, {self.encoder.width})"
+            )
         if previous_keys is not None and previous_keys.shape != keys[:, 0].shape:
-            raise UserError(f"previous_keys: got {tuple(previous_keys.shape)}, expected {tuple(keys[:, 0].shape)}")
+            raise UserError(
+                f"previous_keys: got {tuple(previous_keys.shape)}, expected {tuple(keys[:, 0].shape)}"
+            )
         branch = self.teacher if use_teacher else self.student
         prepared = branch.fusion.prepare(keys, features.grid)
         other = prepared[:, previous_frames(keys.shape[1], sampling=self.config.sampling).to(keys.device)]
@@ -263,10 +293,18 @@ class SMTC(nn.Module):
         )
         maps = None
         if slots.iterations is not None:
-            maps = [IterationMaps(*pair) for pair in zip(slots.iterations.semantic, slots.iterations.instance, strict=True)]
+            maps = [
+                IterationMaps(*pair)
+                for pair in zip(slots.iterations.semantic, slots.iterations.instance, strict=True)
+            ]
         return SlotMaps(
-            slots.semantic, slots.instance, slots.semantic_slots, slots.instance_slots, slots.initial_instances,
-            features.grid, maps,
+            slots.semantic,
+            slots.instance,
+            slots.semantic_slots,
+            slots.instance_slots,
+            slots.initial_instances,
+            features.grid,
+            maps,
         )
 
     def save(self, directory: str | Path):

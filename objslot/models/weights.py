@@ -37,7 +37,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"weights: cannot read {path} as safetensors or as a PyTorch state dict: {reason}") from error
+        raise UserError(
+            f"weights: cannot read {path} as safetensors or as a PyTorch state dict: {reason}"
+        ) from error
     return _unwrap(values, path)
 
 
@@ -47,34 +49,42 @@ def _unwrap(values, path: Path) -> dict[str, Tensor]:
         if inner is None:
             break
         values = inner
-    if not isinstance(values, dict) or not values or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    if (
+        not isinstance(values, dict)
+        or not values
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items())
     ):
-        raise UserError(f"weights: {path} holds {type(values).__name__}, expected named tensors (a state dict)")
+        raise UserError(
+            f"weights: {path} holds {type(values).__name__}, expected named tensors (a state dict)"
+        )
     for prefix in _PREFIXES:
         if any(name.startswith(prefix) for name in values):
-            values = {name[len(prefix):]: value for name, value in values.items() if name.startswith(prefix)}
+            values = {name[len(prefix) :]: value for name, value in values.items() if name.startswith(prefix)}
     return values
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str):
     """Load a local weights file into `model`, every parameter of it and nothing else.
 
-    Position embeddings of another grid are resampled. Raises `UserError` when anything is missing, unexpected or of
-    another shape, with how many and an example; `model` is then unchanged.
+    Position embeddings of another grid are resampled. Raises `UserError` when anything is missing,
+    unexpected or of another shape, with how many and an example; `model` is then unchanged.
     """
     state = read_state_dict(path)
     expected = model.state_dict()
     problems = []
     patch = "patch_embed.proj.weight"
-    same_patch = patch not in state or patch not in expected or state[patch].shape[2:] == expected[patch].shape[2:]
-    # timm's own filter knows the names of the original releases; it would also resample the patches, silently.
+    same_patch = (
+        patch not in state or patch not in expected or state[patch].shape[2:] == expected[patch].shape[2:]
+    )
+    # timm's own filter knows the names of the original releases; it would also resample patches, silently.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None and same_patch:
         try:
             state = adapt(state, model)
         except Exception as error:
-            raise UserError(f"weights: {path} does not fit encoder {name}: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"weights: {path} does not fit encoder {name}: {type(error).__name__}: {error}"
+            ) from error
     state = {key: value for key, value in state.items() if key in expected or key.split(".")[0] not in _HEADS}
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -85,11 +95,14 @@ def load_weights(model: nn.Module, path: str | Path, name: str):
         problems.append(f"{len(unexpected)} unexpected (such as {unexpected[0]})")
     if reshaped:
         key = reshaped[0]
-        problems.append(f"{len(reshaped)} of another shape (such as {key}: "
-                        f"{tuple(state[key].shape)}, expected {tuple(expected[key].shape)})")
+        problems.append(
+            f"{len(reshaped)} of another shape (such as {key}: "
+            f"{tuple(state[key].shape)}, expected {tuple(expected[key].shape)})"
+        )
     if problems:
-        raise UserError(f"weights: {path} does not fit encoder {name}: of {len(expected)} tensors, "
-                        + ", ".join(problems))
+        raise UserError(
+            f"weights: {path} does not fit encoder {name}: of {len(expected)} tensors, " + ", ".join(problems)
+        )
     model.load_state_dict(state)
 
 
@@ -114,8 +127,9 @@ def create_pretrained(name: str, arguments: dict) -> nn.Module:
     except TypeError:
         raise
     except Exception as error:
-        raise UserError(f"encoder {name}: its published weights cannot be downloaded "
-                        f"({type(error).__name__}); {advice}") from error
+        raise UserError(
+            f"encoder {name}: its published weights cannot be downloaded ({type(error).__name__}); {advice}"
+        ) from error
 
 
 def _cached_file(config) -> str | None:
