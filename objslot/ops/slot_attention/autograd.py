@@ -1,0 +1,107 @@
+"""Registration of objslot::slot_attention: schema, choice of backend, fake, gradient."""
+
+import torch
+from torch import Tensor
+
+from objslot.ops import _autocast, _backends
+from objslot.ops._second_order import register_second_order
+from objslot.ops.slot_attention import reference
+from objslot.ops.slot_softmax.reference import arithmetic
+
+_lib = torch.library.Library("objslot", "FRAGMENT")
+_lib.define(
+    "slot_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float eps, bool return_logits, "
+    "str? backend) -> (Tensor updates, Tensor logits, Tensor mass)"
+)
+# `needs` says which of the gradients of q, k, v and mask are wanted; the others come back empty.
+_lib.define(
+    "slot_attention_backward(Tensor? grad_updates, Tensor? grad_logits, Tensor q, Tensor k, Tensor v, "
+    "Tensor? mask, Tensor updates, Tensor mass, float scale, float eps, bool[4] needs, str? backend) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_mask)"
+)
+
+_backends.register("slot_attention", "reference", lambda **facts: None)
+
+
+def facts(q: Tensor, k: Tensor, v: Tensor) -> dict:
+    """What the table of backends is asked with."""
+    return {
+        "device": q.device,
+        "dtype": q.dtype,
+        "groups": q.shape[-3],
+        "slots": q.shape[-2],
+        "positions": k.shape[-2],
+        "width": q.shape[-1],
+        "value_width": v.shape[-1],
+    }
+
+
+def _forward(q, k, v, mask, scale, eps, return_logits, backend):
+    _backends.select("slot_attention", backend, **facts(q, k, v))
+    with _autocast.disabled(q.device):
+        updates, logits, mass = reference.slot_attention(q, k, v, mask, scale, eps)
+    logits = logits.to(q.dtype).contiguous() if return_logits else q.new_empty(0)
+    return updates.to(q.dtype).contiguous(), logits, mass.contiguous()
+
+
+def _backward(grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend):
+    _backends.select("slot_attention", backend, **facts(q, k, v))
+    with _autocast.disabled(q.device):
+        grads = reference.slot_attention_backward(
+            grad_updates, grad_logits, q, k, v, mask, scale, eps, needs[3]
+        )
+    return tuple(
+        grad.contiguous() if wanted else q.new_empty(0) for grad, wanted in zip(grads, needs, strict=True)
+    )
+
+
+def _fake_forward(q, k, v, mask, scale, eps, return_logits, backend):
+    rows = q.shape[:-1]
+    return (
+        q.new_empty((*rows, v.shape[-1])),
+        q.new_empty((*rows, k.shape[-2])) if return_logits else q.new_empty(0),
+        q.new_empty(rows, dtype=arithmetic(q.dtype)),
+    )
+
+
+def _fake_backward(grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend):
+    return tuple(
+        like.new_empty(like.shape) if wanted else q.new_empty(0)
+        for like, wanted in zip((q, k, v, mask), needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, mask, ctx.scale, ctx.eps, _, ctx.backend = inputs
+    updates, _, mass = output
+    ctx.save_for_backward(q, k, v, mask, updates, mass)
+    ctx.mark_non_differentiable(mass)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_updates, grad_logits, _):
+    needs = list(ctx.needs_input_grad[:4])
+    if grad_logits is not None and grad_logits.dim() == 1:
+        # The empty stand-in for logits that nobody asked for.
+        grad_logits = None
+    if grad_updates is None and grad_logits is None:
+        return (None,) * 8
+    grads = torch.ops.objslot.slot_attention_backward(
+        grad_updates, grad_logits, *ctx.saved_tensors, ctx.scale, ctx.eps, needs, ctx.backend
+    )
+    grads = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
+    return (*grads, None, None, None, None)
+
+
+def _differentiable_backward(
+    grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend
+):
+    return reference.slot_attention_backward(grad_updates, grad_logits, q, k, v, mask, scale, eps, needs[3])
+
+
+_lib.impl("slot_attention", _forward, "CompositeExplicitAutograd")
+_lib.impl("slot_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("objslot::slot_attention", _fake_forward, lib=_lib)
+torch.library.register_fake("objslot::slot_attention_backward", _fake_backward, lib=_lib)
+torch.library.register_autograd("objslot::slot_attention", _gradients, setup_context=_setup_context, lib=_lib)
+register_second_order("objslot::slot_attention_backward", _differentiable_backward, _lib)

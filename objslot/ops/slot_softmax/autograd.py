@@ -1,0 +1,85 @@
+"""Registration of objslot::slot_softmax: schema, choice of backend, fake, gradient."""
+
+import torch
+from torch import Tensor
+
+from objslot.ops import _autocast, _backends
+from objslot.ops._second_order import register_second_order
+from objslot.ops.slot_softmax import reference
+
+_lib = torch.library.Library("objslot", "FRAGMENT")
+_lib.define("slot_softmax(Tensor logits, Tensor? mask, float eps, str? backend) -> (Tensor weights, Tensor mass)")
+_lib.define(
+    "slot_softmax_backward(Tensor grad, Tensor logits, Tensor? mask, Tensor mass, float eps, bool needs_mask, "
+    "str? backend) -> (Tensor grad_logits, Tensor grad_mask)"
+)
+
+_backends.register("slot_softmax", "reference", lambda **facts: None)
+
+
+def facts(logits: Tensor) -> dict:
+    """What the table of backends is asked with."""
+    *_, groups, slots, positions = logits.shape
+    return {
+        "device": logits.device,
+        "dtype": logits.dtype,
+        "groups": groups,
+        "slots": slots,
+        "positions": positions,
+    }
+
+
+def _forward(logits, mask, eps, backend):
+    _backends.select("slot_softmax", backend, **facts(logits))
+    with _autocast.disabled(logits.device):
+        weights, mass = reference.slot_softmax(logits, mask, eps)
+    return weights.contiguous(), mass.contiguous()
+
+
+def _backward(grad, logits, mask, mass, eps, needs_mask, backend):
+    _backends.select("slot_softmax", backend, **facts(logits))
+    with _autocast.disabled(logits.device):
+        grad_logits, grad_mask = reference.slot_softmax_backward(grad, logits, mask, eps, needs_mask)
+    return grad_logits.contiguous(), logits.new_empty(0) if grad_mask is None else grad_mask.contiguous()
+
+
+def _fake_forward(logits, mask, eps, backend):
+    return (
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape[:-1], dtype=reference.arithmetic(logits.dtype)),
+    )
+
+
+def _fake_backward(grad, logits, mask, mass, eps, needs_mask, backend):
+    return logits.new_empty(logits.shape), mask.new_empty(mask.shape) if needs_mask else logits.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, mask, ctx.eps, ctx.backend = inputs
+    _, mass = output
+    ctx.save_for_backward(logits, mask, mass)
+    ctx.mark_non_differentiable(mass)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    logits, mask, mass = ctx.saved_tensors
+    needs_mask = ctx.needs_input_grad[1]
+    grad_logits, grad_mask = torch.ops.objslot.slot_softmax_backward(
+        grad, logits, mask, mass, ctx.eps, needs_mask, ctx.backend
+    )
+    return grad_logits, grad_mask if needs_mask else None, None, None
+
+
+def _differentiable_backward(grad, logits, mask, mass, eps, needs_mask, backend):
+    return reference.slot_softmax_backward(grad, logits, mask, eps, needs_mask)
+
+
+_lib.impl("slot_softmax", _forward, "CompositeExplicitAutograd")
+_lib.impl("slot_softmax_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("objslot::slot_softmax", _fake_forward, lib=_lib)
+torch.library.register_fake("objslot::slot_softmax_backward", _fake_backward, lib=_lib)
+torch.library.register_autograd("objslot::slot_softmax", _gradients, setup_context=_setup_context, lib=_lib)
+register_second_order("objslot::slot_softmax_backward", _differentiable_backward, _lib)
