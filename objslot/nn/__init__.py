@@ -27,3 +27,15 @@ Signatures::
                               the masks of every iteration, without gradient
         parameters `mu` (N, D) and `log_sigma` (N, D); property `sigma` = exp(log_sigma), 1 at the start.
 """
+
+from objslot.nn.semantic import SemanticSlotAttention, SemanticSlots, SlotIterations
+from objslot.nn.slot_attention import SlotAttention, Slots, convert_state_dict
+
+__all__ = [
+    "SemanticSlotAttention",
+    "SemanticSlots",
+    "SlotAttention",
+    "SlotIterations",
+    "Slots",
+    "convert_state_dict",
+]

@@ -1,0 +1,157 @@
+"""What the slot attention modules share: projections, one iteration, and the update of the slots."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from objslot.ops import _checks
+from objslot.ops.slot_attention import slot_attention
+
+UPDATES = ("residual", "gru")
+
+
+class Memory(NamedTuple):
+    """What the slots attend to in every iteration: keys (..., n, d) and values (..., n, e)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class SlotCore(nn.Module):
+    """The layers of slot attention, and one iteration of it on groups of slots.
+
+    Locatello et al. 2020, Algorithm 1: queries from normalised slots, keys and values from normalised inputs, the
+    attention of `objslot.slot_attention`, a GRU or a plain residual sum, then a residual MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        input_width: int | None,
+        mlp_width: int | None,
+        heads: int,
+        head_width: int | None,
+        update: str,
+        bias: bool,
+        eps: float,
+    ):
+        super().__init__()
+        for name, value in (("width", width), ("heads", heads)):
+            _checks.at_least(name, value, 1)
+        _checks.choice("update", update, UPDATES)
+        _checks.positive("eps", eps)
+        if head_width is None:
+            if width % heads:
+                raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
+            head_width = width // heads
+        input_width = width if input_width is None else input_width
+        mlp_width = max(width, 128) if mlp_width is None else mlp_width
+        inner = heads * head_width
+        self.width, self.input_width, self.heads, self.update, self.eps = width, input_width, heads, update, eps
+        self.scale = head_width**-0.5
+        self.norm_inputs = nn.LayerNorm(input_width)
+        self.norm_slots = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner, bias=bias)
+        self.key = nn.Linear(input_width, inner, bias=bias)
+        self.value = nn.Linear(input_width, inner, bias=bias)
+        if inner != width or heads > 1:
+            self.combine = nn.Linear(inner, width)
+        else:
+            self.combine = None
+        self.gru = nn.GRUCell(width, width) if update == "gru" else None
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.ReLU(), nn.Linear(mlp_width, width))
+
+    def memory(self, x: Tensor) -> Memory:
+        """Keys and values of the inputs (..., n, input_width)."""
+        x = self.norm_inputs(x)
+        return Memory(self._split(self.key(x)), self._split(self.value(x)))
+
+    def step(
+        self, slots: Tensor, memory: Memory, mask: Tensor | None, *, want_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One iteration: slots (..., g, p, width) and their logits (..., g, p, n), the mean over the heads."""
+        query = self.query(self.norm_slots(slots))
+        if self.heads > 1:
+            query = query.unflatten(-1, (self.heads, -1)).movedim(-2, -4)
+            mask = None if mask is None else mask.unsqueeze(-3)
+        found = slot_attention(
+            query.to(memory.keys.dtype), memory.keys, memory.values, mask,
+            scale=self.scale, eps=self.eps, return_logits=want_logits,
+        )  # fmt: skip
+        updates, logits = found if want_logits else (found, None)
+        if self.heads > 1:
+            updates = updates.movedim(-4, -2).flatten(-2)
+            logits = None if logits is None else logits.mean(-4)
+        if self.combine is not None:
+            updates = self.combine(updates)
+        return self._updated(slots, updates), logits
+
+    def _updated(self, slots: Tensor, updates: Tensor) -> Tensor:
+        if self.gru is None:
+            slots = slots + updates
+        else:
+            shape = slots.shape
+            slots = self.gru(updates.reshape(-1, self.width), slots.reshape(-1, self.width)).reshape(shape)
+        return slots + self.mlp(self.norm_mlp(slots))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x if self.heads == 1 else x.unflatten(-1, (self.heads, -1)).movedim(-2, -3)
+
+    def iterate(
+        self,
+        initial: Tensor,
+        memory: Memory,
+        mask: Tensor | None,
+        *,
+        iterations: int,
+        only_last: bool,
+        return_iterations: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`iterations` steps from `initial` (..., g, p, width): slots, last logits, logits of every step.
+
+        With `only_last` the gradient passes through the last step and then straight to `initial`, as if the
+        earlier steps had not changed the slots; nothing of the earlier steps is kept for the backward pass.
+        """
+        slots, history = initial, []
+        apart = only_last and torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not only_last):
+            for _ in range(iterations - 1):
+                slots, logits = self.step(slots, memory, mask, want_logits=return_iterations)
+                if return_iterations:
+                    history.append(logits.detach())
+        if apart and iterations > 1:
+            slots = straight_through(slots, initial)
+        slots, logits = self.step(slots, memory, mask, want_logits=True)
+        if return_iterations:
+            history.append(logits.detach())
+        return slots, logits, history
+
+    def check_inputs(self, x: Tensor, mask: Tensor | None, iterations: int) -> None:
+        """The arguments that both modules share; raises ValueError or TypeError."""
+        _checks.tensor("x", x, "(..., n, input_width)")
+        _checks.floating("x", x)
+        if x.shape[-1] != self.input_width:
+            raise ValueError(f"x: expected width {self.input_width} in the last dimension, got {tuple(x.shape)}")
+        if mask is not None:
+            _checks.tensor("mask", mask, "(..., n)")
+            _checks.expandable("mask", mask, x.shape[:-1], "(..., n)")
+        _checks.at_least("iterations", iterations, 1)
+
+
+def straight_through(slots: Tensor, initial: Tensor) -> Tensor:
+    """The values of `slots` with the gradient of `initial`: stopgrad(slots) - stopgrad(initial) + initial."""
+    return _StraightThrough.apply(slots.detach(), initial)
+
+
+class _StraightThrough(torch.autograd.Function):
+    # The sum written out would round: (slots - initial) + initial differs from slots in the last bits.
+    @staticmethod
+    def forward(ctx, slots, initial):
+        return slots.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
