@@ -100,7 +100,9 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         op = getattr(ops, op)
     requested = kwargs.pop("backend", None)
     facts = sys.modules[op.__module__].facts(*args, **kwargs)
-    return explain_facts(op.__name__, requested, **facts)
+    # The functions of one folder may share its rows, as sinkhorn and sinkhorn_potentials do.
+    name = op.__name__ if op.__name__ in _rows else op.__module__.rpartition(".")[2]
+    return explain_facts(name, requested, **facts)
 
 
 def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation:
