@@ -67,3 +67,11 @@ def read_mask(path: Path, *, colour: bool = False) -> tuple[np.ndarray, bool]:
             raise UserError(f"{path}: holds values up to {values.max()}; expected a mask of at most 8 bits")
         values = values.astype(np.uint8)
     return values, palette
+
+
+def labels_of(maps: np.ndarray) -> tuple[int, ...]:
+    """Labels other than 0 that occur in uint8 index maps (T, H, W), ascending."""
+    seen = np.zeros(256, bool)
+    for index_map in maps:
+        seen |= np.bincount(index_map.ravel(), minlength=256) > 0
+    return tuple(int(label) for label in np.flatnonzero(seen[1:]) + 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from objslot.data.masks import labels_of
 from objslot.errors import UserError
 
 MAX_TRACKS = 20
@@ -81,5 +82,4 @@ class VideoSegmentation:
     @property
     def track_ids(self) -> tuple[int, ...]:
         """Track numbers that own at least one pixel somewhere in the video, ascending."""
-        present = np.bincount(self.tracks.reshape(-1), minlength=1) > 0
-        return tuple(int(track) for track in np.flatnonzero(present) if track != 0)
+        return labels_of(self.tracks)
