@@ -1,7 +1,29 @@
 """The model: encoders, temporal correspondence and SMTC (semantics meets temporal correspondence)."""
 
-from objslot.models.config import SMTCConfig
-from objslot.models.encoder import Encoder, FrameFeatures, register_encoder
-from objslot.models.smtc import SMTC, SlotMaps
+import torch
 
-__all__ = ["SMTC", "Encoder", "FrameFeatures", "SMTCConfig", "SlotMaps", "register_encoder"]
+from objslot.errors import UserError
+
+try:
+    import timm  # noqa: F401
+except Exception as error:  # a torchvision built for another torch fails with RuntimeError, not ImportError
+    raise UserError(
+        f"the encoders need timm, which does not load beside torch {torch.__version__} ({error}); install timm and "
+        "the torchvision built for this torch"
+    ) from error
+
+from objslot.models.branch import IterationMaps, SlotMaps
+from objslot.models.config import SMTCConfig
+from objslot.models.encoder import Encoder, FrameFeatures, build_encoder, register_encoder
+from objslot.models.smtc import SMTC
+
+__all__ = [
+    "SMTC",
+    "Encoder",
+    "FrameFeatures",
+    "IterationMaps",
+    "SMTCConfig",
+    "SlotMaps",
+    "build_encoder",
+    "register_encoder",
+]

@@ -36,7 +36,7 @@ def previous_frames(frames: int, *, sampling: str = "other") -> Tensor:
 def gather_frames(features: Tensor, index: Tensor) -> Tensor:
     """Frames `index` (B, T, K) of features (B, T, n, D) -> (B, T, K, n, D)."""
     clip = torch.arange(features.shape[0], device=features.device).view(-1, 1, 1)
-    return features[clip, index.to(features.device)]
+    return features[clip, index]
 
 
 class TemporalFusion(nn.Module):

@@ -102,6 +102,14 @@ class Encoder(nn.Module):
             type(attention) is Attention and getattr(model, "cls_token", None) is not None
         )
 
+    @property
+    def key_bias(self) -> Tensor | None:
+        """(D,) what `key_center="bias"` takes off the keys, without gradient; None where nothing is."""
+        if self.key_center != "bias" or isinstance(self.model, ResNet):
+            return None
+        bias = _query_key_parameters(self.model.blocks[-1].attn)[3]
+        return None if bias is None else bias.detach()
+
     def set_training(self, train: bool):
         """Let the encoder learn, or freeze it: eval mode, no gradient."""
         self.trains = train

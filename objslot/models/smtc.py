@@ -7,7 +7,6 @@ Videos, ICCV 2023.
 import copy
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,69 +14,11 @@ from torch import Tensor, nn
 from objslot import objectives
 from objslot.errors import UserError
 from objslot.models import files
+from objslot.models.branch import IterationMaps, SlotBranch, SlotMaps, random_noise, seeded_noise
 from objslot.models.config import SMTCConfig
-from objslot.models.correspondence import TemporalFusion, draw_other_frames, gather_frames, previous_frames
+from objslot.models.correspondence import draw_other_frames, gather_frames, previous_frames
 from objslot.models.encoder import FrameFeatures, build_encoder
-from objslot.nn import SemanticSlotAttention
-
-
-class IterationMaps(NamedTuple):
-    """The masks after one slot attention iteration of both stages."""
-
-    semantic: Tensor
-    """(B, T, N, HW), summing to 1 over N."""
-    instance: Tensor
-    """(B, T, N, P, HW), summing to 1 over P."""
-
-
-class SlotMaps(NamedTuple):
-    """N semantics and P instances of each, found in B clips of T frames on an h x w grid of HW positions."""
-
-    semantic: Tensor
-    """(B, T, N, HW): A, softmax over N."""
-    instance: Tensor
-    """(B, T, N, P, HW): M, softmax over P; the final mask of an instance is A[n] * M[n, p]."""
-    semantic_slots: Tensor
-    """(B, T, N, D)."""
-    instance_slots: Tensor
-    """(B, T, N, P, D)."""
-    initial: Tensor
-    """(N, P, D): the instance slots before the first iteration, the same in every frame."""
-    grid: tuple[int, int]
-    """(h, w)."""
-    iterations: list[IterationMaps] | None
-    """The masks after every iteration, when asked for."""
-
-
-class SlotBranch(nn.Module):
-    """What student and teacher have one each of: projection, fusion, both slot stages, instance head."""
-
-    def __init__(self, config: SMTCConfig, encoder_width: int, grid: tuple[int, int]):
-        super().__init__()
-        width = config.width or encoder_width
-        self.project = nn.Identity() if width == encoder_width else nn.Linear(encoder_width, width)
-        self.fusion = TemporalFusion(
-            width, grid, correspondence=config.correspondence, temperature=config.correspondence_temperature
-        )
-        self.slots = SemanticSlotAttention(
-            config.slots,
-            width,
-            instances=config.instances,
-            iterations=config.iterations,
-            update=config.update,
-            aggregation=config.aggregation,
-            full_bptt=config.full_bptt,
-        )
-        self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-
-    def forward(self, keys: Tensor, other: Tensor, **slot_options):
-        """SemanticSlots of frames with `keys` (B, T, HW, D), and the fusion ratio.
-
-        `other` are the frames they correspond to, from `TemporalFusion.prepare`; `slot_options` go to
-        SemanticSlotAttention.
-        """
-        fused, ratio = self.fusion(self.project(keys), keys, other)
-        return self.slots(fused, **slot_options), ratio
+from objslot.nn import SemanticSlots
 
 
 class SMTC(nn.Module):
@@ -146,34 +87,56 @@ class SMTC(nn.Module):
         (valid student instances) and fusion_ratio (|E| / |F|). Raises `UserError` for clips that do not fit
         each other, or are too short.
         """
-        config = self.config
         if not isinstance(student, FrameFeatures):
             student = self.encode(student)
         with torch.no_grad():
             if not isinstance(teacher, FrameFeatures):
                 teacher = self.encode(teacher, use_teacher=True)
+        student, teacher = self._checked("student", student), self._checked("teacher", teacher)
         if student.keys.shape != teacher.keys.shape or student.grid != teacher.grid:
             raise UserError(
                 f"teacher: got features {tuple(teacher.keys.shape)} on grid {teacher.grid}, expected those "
                 f"of the student, {tuple(student.keys.shape)} on grid {student.grid}"
             )
+        config, device = self.config, student.keys.device
         clips, frames = student.keys.shape[:2]
         index = draw_other_frames(
             clips, frames, config.n_other, sampling=config.sampling, generator=generator
-        )
-        noise_shape = (clips, frames, config.slots, config.instances, self.width)
+        ).to(device)
+        shape = (clips, frames, config.slots, config.instances, self.width)
 
-        found, ratio = self._slots(
-            self.student, student, index, _draw(noise_shape, student.keys.device, generator)
-        )
+        found, ratio = _slots(self.student, student, index, random_noise(shape, device, generator))
+        objects = self.student.head(found.instance_slots)
         with torch.no_grad():
-            target, _ = self._slots(
-                self.teacher, teacher, index, _draw(noise_shape, student.keys.device, generator)
-            )
+            target, _ = _slots(self.teacher, teacher, index, random_noise(shape, device, generator))
             target_objects = self.teacher.head(target.instance_slots)
-            mass = objectives.marginals(config.marginal, teacher.keys, teacher.cls_attention)
-            valid, target_valid = (self._valid(slots) for slots in (found, target))
+        # The losses are sums over thousands of terms, too fine for half precision.
+        with torch.autocast(device.type, enabled=False):
+            losses = self._losses(found, objects, target, target_objects, teacher)
+        return {**losses, "fusion_ratio": ratio}
 
+    def _checked(self, name: str, features: FrameFeatures) -> FrameFeatures:
+        """The features, keys as precise as the parameters; `UserError` when they are of another model."""
+        keys, grid = features.keys, tuple(features.grid)
+        if keys.ndim != 4 or keys.shape[2] != grid[0] * grid[1] or keys.shape[3] != self.encoder.width:
+            raise UserError(
+                f"{name}: got keys {tuple(keys.shape)} on grid {grid}, expected "
+                f"(clips, frames, positions of the grid, {self.encoder.width})"
+            )
+        return features._replace(keys=keys.to(self.student.slots.mu.dtype), grid=grid)
+
+    def _losses(
+        self,
+        found: SemanticSlots,
+        objects: Tensor,
+        target: SemanticSlots,
+        target_objects: Tensor,
+        teacher: FrameFeatures,
+    ) -> dict[str, Tensor]:
+        config = self.config
+        with torch.no_grad():
+            mass = self._mass(teacher)
+            valid, target_valid = self._valid(found), self._valid(target)
         semantic = objectives.semantic_alignment_loss(
             found.semantic_logits,
             target.semantic,
@@ -182,9 +145,7 @@ class SMTC(nn.Module):
             eps=config.eps,
             n_iters=config.sinkhorn_iterations,
         )
-        instance = objectives.instance_alignment_loss(
-            self.student.head(found.instance_slots), target_objects, valid, target_valid
-        )
+        instance = objectives.instance_alignment_loss(objects, target_objects, valid, target_valid)
         diversity = objectives.diversity_loss(found.semantic)
         loss = (
             config.semantic_weight * semantic
@@ -197,23 +158,24 @@ class SMTC(nn.Module):
             "instance": instance,
             "diversity": diversity,
             "valid_share": valid.float().mean(),
-            "fusion_ratio": ratio,
         }
 
-    def _slots(self, branch: SlotBranch, features: FrameFeatures, index: Tensor, noise: Tensor):
-        prepared = branch.fusion.prepare(features.keys, features.grid)
-        other = gather_frames(prepared, index).mean(dim=2)
-        return branch(features.keys, other, noise=noise)
+    def _mass(self, teacher: FrameFeatures) -> Tensor | None:
+        keys = teacher.keys
+        bias = (self.teacher_encoder or self.encoder).key_bias
+        # The activation map is that of the keys as the layer makes them: taking their bias off blurs it.
+        if self.config.marginal == "caam" and bias is not None:
+            keys = keys + bias
+        return objectives.marginals(self.config.marginal, keys, teacher.cls_attention)
 
-    def _valid(self, slots) -> Tensor:
-        config = self.config
+    def _valid(self, slots: SemanticSlots) -> Tensor:
         return objectives.valid_instances(
             slots.semantic,
             slots.semantic_slots,
             slots.instance_slots,
-            similarity=config.valid_similarity,
-            threshold=config.valid_threshold,
-            area=config.valid_area,
+            similarity=self.config.valid_similarity,
+            threshold=self.config.valid_threshold,
+            area=self.config.valid_area,
         )
 
     @torch.no_grad()
@@ -263,17 +225,9 @@ class SMTC(nn.Module):
         instances = self.config.instances if instances is None else instances
         for name, value in (("instances", instances), ("iterations", iterations)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{name}: got {value!r}, expected an integer >= 1")
+                raise UserError(f"{name}: got {value!r}, expected an integer of at least 1")
+        features = self._checked("features", features)
         keys = features.keys
-        if (
-            keys.ndim != 4
-            or keys.shape[2] != features.grid[0] * features.grid[1]
-            or keys.shape[3] != self.encoder.width
-        ):
-            raise UserError(
-                f"features: got keys {tuple(keys.shape)} on grid {tuple(features.grid)}, expected "
-                f"(clips, frames, positions of the grid, {self.encoder.width})"
-            )
         if previous_keys is not None and previous_keys.shape != keys[:, 0].shape:
             raise UserError(
                 f"previous_keys: got {tuple(previous_keys.shape)}, expected {tuple(keys[:, 0].shape)}"
@@ -282,21 +236,18 @@ class SMTC(nn.Module):
         prepared = branch.fusion.prepare(keys, features.grid)
         other = prepared[:, previous_frames(keys.shape[1], sampling=self.config.sampling).to(keys.device)]
         if previous_keys is not None and self.config.sampling != "self":
-            other[:, 0] = branch.fusion.prepare(previous_keys, features.grid)
+            other[:, 0] = branch.fusion.prepare(previous_keys.to(keys.dtype), features.grid)
         slots, _ = branch(
             keys,
             other,
-            noise=_seeded_noise(self.config.slots, instances, self.width, seed).to(keys.device),
+            noise=seeded_noise(self.config.slots, instances, self.width, seed).to(keys.device),
             instances=instances,
             iterations=iterations,
             return_iterations=return_iterations,
         )
         maps = None
         if slots.iterations is not None:
-            maps = [
-                IterationMaps(*pair)
-                for pair in zip(slots.iterations.semantic, slots.iterations.instance, strict=True)
-            ]
+            maps = [IterationMaps(*pair) for pair in zip(*slots.iterations, strict=True)]
         return SlotMaps(
             slots.semantic,
             slots.instance,
@@ -328,15 +279,9 @@ class SMTC(nn.Module):
         return model
 
 
-def _draw(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.randn(shape, device=source, generator=generator).to(device)
-
-
-def _seeded_noise(semantics: int, instances: int, width: int, seed: int) -> Tensor:
-    # Drawn on the CPU and instance by instance, so that neither the device nor P changes the first ones.
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(semantics, width, generator=generator) for _ in range(instances)], dim=1)
+def _slots(branch: SlotBranch, features: FrameFeatures, index: Tensor, noise: Tensor):
+    prepared = branch.fusion.prepare(features.keys, features.grid)
+    return branch(features.keys, gather_frames(prepared, index).mean(dim=2), noise=noise)
 
 
 def _follow(teacher: nn.Module, student: nn.Module, momentum: float):
