@@ -37,13 +37,15 @@ def read_mask(path: Path, *, colour: bool = False) -> tuple[np.ndarray, bool]:
 
     Args:
         path: an indexed, grey, black-and-white or RGB image.
-        colour: give every colour its own number, red * 65536 + green * 256 + blue, instead of refusing colours.
+        colour: give every colour its own number, red * 65536 + green * 256 + blue, instead of refusing
+        colours.
 
     Returns:
         The values, (H, W), uint8 (int32 with ``colour``), and whether they are palette indices.
 
     Raises:
-        UserError: an unreadable file, a colour image where indices or grey levels are expected, or values over 255.
+        UserError: an unreadable file, a colour image where indices or grey levels are expected, or values
+        over 255.
     """
     from PIL import Image
 

@@ -1,4 +1,5 @@
-"""What a segmenter says about one video: the only thing the evaluation, the writers and the viewers need to know."""
+"""What a segmenter says about one video: all that the evaluation, the writers and the viewers need to
+know."""
 
 from __future__ import annotations
 
@@ -21,17 +22,17 @@ class VideoSegmentation:
 
     Attributes:
         name: the video's name.
-        tracks: uint8 (T, H, W). 0 is no object; 1 to 20 are objects, the same number meaning the same object in
-            every frame.
-        foreground: track numbers that the method itself, without labels, calls foreground, best first. Used by
-            protocol A.
-        partition: uint8 (T, H, W) or None. Every region before any selection, 1 to 255 (0 is no region); used by
-            protocol C, which falls back to ``tracks`` when it is None.
+        tracks: uint8 (T, H, W). 0 is no object; 1 to 20 are objects, the same number meaning the same object
+            in every frame.
+        foreground: track numbers that the method itself, without labels, calls foreground, best first. Used
+            by protocol A.
+        partition: uint8 (T, H, W) or None. Every region before any selection, 1 to 255 (0 is no region); used
+            by protocol C, which falls back to ``tracks`` when it is None.
         scores: a label-free score per track number, higher is more object-like.
 
     Raises:
-        UserError: a wrong dtype or shape, more than 20 tracks, a foreground number that is repeated or outside
-            1 to 20, or a partition of another shape. Each message names the video and the field.
+        UserError: a wrong dtype or shape, more than 20 tracks, a foreground number that is repeated or
+            outside 1 to 20, or a partition of another shape. Each message names the video and the field.
     """
 
     name: str
@@ -45,27 +46,30 @@ class VideoSegmentation:
         highest = int(self.tracks.max(initial=0))
         if highest > MAX_TRACKS:
             raise UserError(
-                f"{self.name}: tracks holds the number {highest}; at most {MAX_TRACKS} proposals per video are allowed"
+                f"{self.name}: tracks holds the number {highest}; "
+                f"at most {MAX_TRACKS} proposals per video are allowed"
             )
         self.foreground = tuple(int(track) for track in self.foreground)
         wrong = [track for track in self.foreground if not 1 <= track <= MAX_TRACKS]
         if wrong or len(set(self.foreground)) != len(self.foreground):
             raise UserError(
-                f"{self.name}: foreground is {self.foreground}; expected different track numbers from 1 to {MAX_TRACKS}"
+                f"{self.name}: foreground is {self.foreground}; "
+                f"expected different track numbers from 1 to {MAX_TRACKS}"
             )
         if self.partition is not None:
             self.partition = self._index_map("partition", self.partition)
             if self.partition.shape != self.tracks.shape:
                 raise UserError(
-                    f"{self.name}: partition has shape {self.partition.shape}, tracks has {self.tracks.shape}; "
-                    "expected the same"
+                    f"{self.name}: partition has shape {self.partition.shape}, "
+                    f"tracks has {self.tracks.shape}; expected the same"
                 )
 
     def _index_map(self, field_name: str, value: object) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype != np.uint8 or array.ndim != 3:
             raise UserError(
-                f"{self.name}: {field_name} is {array.dtype} {array.shape}; expected uint8 (frames, height, width)"
+                f"{self.name}: {field_name} is {array.dtype} {array.shape}; "
+                "expected uint8 (frames, height, width)"
             )
         return array
 

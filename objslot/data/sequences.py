@@ -1,197 +1,36 @@
-"""Annotated videos: the layouts of the data sets that unsupervised video object segmentation is judged on."""
+"""The layouts of the data sets that unsupervised video object segmentation is judged on."""
 
 from __future__ import annotations
 
-import abc
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
-from objslot.data.masks import VOID, mask_files, mask_size, read_mask
-from objslot.data.video import FrameFolder, Video, natural_key
+from objslot.data.annotated import ArraySequence, MaskFileSequence, Sequence
+from objslot.data.masks import mask_files
+from objslot.data.video import FrameFolder, natural_key
 from objslot.errors import UserError
 
-
-class Sequence(abc.ABC):
-    """One annotated video.
-
-    Attributes:
-        name: the sequence's name, unique in its data set.
-        video: the frames (None for annotations without frames).
-        merge_objects: whether the data set's convention is to judge all objects as one foreground.
-        first_frame_objects: whether only the objects of the first frame count (DAVIS-2017).
-    """
-
-    def __init__(
-        self, name: str, video: Video | None, *, merge_objects: bool = False, first_frame_objects: bool = False
-    ):
-        self.name = name
-        self.video = video
-        self.merge_objects = merge_objects
-        self.first_frame_objects = first_frame_objects
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.n_frames} frames)"
-
-    @property
-    @abc.abstractmethod
-    def n_frames(self) -> int:
-        """Number of frames of the video, annotated or not."""
-
-    @property
-    @abc.abstractmethod
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-
-    @property
-    @abc.abstractmethod
-    def annotated(self) -> tuple[int, ...]:
-        """Positions of the annotated frames, ascending."""
-
-    @abc.abstractmethod
-    def annotation(self, i: int) -> np.ndarray | None:
-        """Annotation of frame ``i``: uint8 (H, W), 0 background, 255 void, other values objects; None if missing."""
-
-    @property
-    def frame_names(self) -> tuple[str, ...]:
-        """File names of the frames without suffix; five-digit numbers from 00000 where frames are not files."""
-        files = getattr(self.video, "files", None)
-        return tuple(f.stem for f in files) if files else tuple(f"{i:05d}" for i in range(self.n_frames))
+__all__ = ["ArraySequence", "MaskFileSequence", "Sequence", "open_sequences"]
 
 
-class ArraySequence(Sequence):
-    """Annotations that are already in memory.
-
-    Args:
-        name: the sequence's name.
-        annotations: uint8 (T, H, W) index maps, 0 background, 255 void.
-        video: the frames, where there are any.
-    """
-
-    def __init__(self, name: str, annotations: np.ndarray, video: Video | None = None, *, merge_objects: bool = False):
-        super().__init__(name, video, merge_objects=merge_objects)
-        self._annotations = np.asarray(annotations)
-        if self._annotations.dtype != np.uint8 or self._annotations.ndim != 3:
-            raise UserError(
-                f"{name}: annotations are {self._annotations.dtype} {self._annotations.shape}; "
-                "expected uint8 (frames, height, width)"
-            )
-
-    @property
-    def n_frames(self) -> int:
-        return len(self._annotations)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._annotations.shape[1], self._annotations.shape[2]
-
-    @property
-    def annotated(self) -> tuple[int, ...]:
-        return tuple(range(self.n_frames))
-
-    def annotation(self, i: int) -> np.ndarray:
-        return self._annotations[i]
-
-
-class MaskFileSequence(Sequence):
-    """Frames in a folder, annotations in image files; opening it reads headers only.
-
-    Where several files annotate one frame, each shows one object, white on black (SegTrack-v2).
-    Where a sequence has no value but 0 and 255, 255 is its object (DAVIS-2016); otherwise 255 is void.
-    With ``background`` every other colour is an object, numbered in the order of the colours (FBMS-59).
-
-    Args:
-        name: the sequence's name.
-        video: the frames.
-        masks: mask files by frame position, one tuple a frame.
-        background: the colour, as 0xRRGGBB, of pixels without an object.
-
-    Raises:
-        UserError: a mask whose size differs from the frames', naming both.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        video: Video,
-        masks: dict[int, tuple[Path, ...]],
-        *,
-        background: int | None = None,
-        merge_objects: bool = False,
-        first_frame_objects: bool = False,
-    ):
-        super().__init__(name, video, merge_objects=merge_objects, first_frame_objects=first_frame_objects)
-        self._masks = masks
-        self._background = background
-        for path in (path for paths in masks.values() for path in paths):
-            height, width = mask_size(path)
-            if (height, width) != video.size:
-                raise UserError(
-                    f"{path}: the mask has {width} x {height} pixels, the frames of {name} have "
-                    f"{video.size[1]} x {video.size[0]}"
-                )
-
-    @property
-    def n_frames(self) -> int:
-        return self.video.n_frames
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.video.size
-
-    @property
-    def annotated(self) -> tuple[int, ...]:
-        return tuple(sorted(self._masks))
-
-    def annotation(self, i: int) -> np.ndarray | None:
-        paths = self._masks.get(i)
-        if paths is None:
-            return None
-        if self._background is not None:
-            values, _ = read_mask(paths[0], colour=True)
-            return np.searchsorted(self._colours, values, side="right").astype(np.uint8) * (values != self._background)
-        if len(paths) > 1:
-            labels = np.zeros(self.size, np.uint8)
-            for number, path in enumerate(paths, start=1):
-                labels[read_mask(path)[0] >= 128] = number
-            return labels
-        values, _ = read_mask(paths[0])
-        return (values == VOID).astype(np.uint8) if self._white_is_object else values
-
-    @cached_property
-    def _white_is_object(self) -> bool:
-        for i in self.annotated:
-            values, palette = read_mask(self._masks[i][0])
-            if ((values != 0) & (values != VOID)).any():
-                return False
-            # A grey file with white alone settles it; in a palette image 255 is void until every frame agrees.
-            if not palette and (values == VOID).any():
-                return True
-        return True
-
-    @cached_property
-    def _colours(self) -> np.ndarray:
-        found = {int(code) for i in self.annotated for code in np.unique(read_mask(self._masks[i][0], colour=True)[0])}
-        return np.array(sorted(found - {self._background}), dtype=np.int32)
-
-
-def open_sequences(dataset: str, root: str | Path, subset: str | Iterable[str] | None = None) -> list[Sequence]:
+def open_sequences(
+    dataset: str, root: str | Path, subset: str | Iterable[str] | None = None
+) -> list[Sequence]:
     """Open the annotated sequences of a data set; only file names and image headers are read.
 
     Layouts under ``root``:
 
     * ``davis2016``: ``JPEGImages/480p/<name>/*.jpg``, ``Annotations/480p/<name>/*.png``,
-      ``ImageSets/480p/<subset>.txt`` (a line is a name, or the paths of a frame and its mask). Objects are merged.
+      ``ImageSets/480p/<subset>.txt`` (a line is a name, or the paths of a frame and its mask). Objects are
+      merged.
     * ``davis2017``: the same with ``ImageSets/2017/<subset>.txt``; indexed masks, 255 is void, from
       ``Annotations_unsupervised`` where that exists.
     * ``davis2017-semi``: the same with the masks of ``Annotations``, for the semi-supervised task.
     * ``segtrack2``: ``JPEGImages/<name>/*``, ``GroundTruth/<name>/*`` or one folder an object,
       ``GroundTruth/<name>/<object>/*``. Objects are merged.
-    * ``fbms``: ``Testset/<name>/*.jpg`` (or ``<name>/*.jpg``) and ``Testset/<name>/GroundTruth/*``: masks for some
-      frames, grey levels on black or, in ``.ppm`` files, colours on white. Objects are merged.
+    * ``fbms``: ``Testset/<name>/*.jpg`` (or ``<name>/*.jpg``) and ``Testset/<name>/GroundTruth/*``: masks for
+      some frames, grey levels on black or, in ``.ppm`` files, colours on white. Objects are merged.
     * ``folder``: ``<name>/frames/*`` and ``<name>/masks/*``, or the parallel folders ``frames/<name>/*`` and
       ``masks/<name>/*``; a mask has the name of its frame. Indexed or grey masks, 255 is void where a
       sequence has other objects.
@@ -199,16 +38,17 @@ def open_sequences(dataset: str, root: str | Path, subset: str | Iterable[str] |
     Args:
         dataset: one of the names above.
         root: the data set's folder.
-        subset: the name of a list in ``ImageSets``, a file with a name a line, or sequence names (separated by commas
-            if one string). Default: ``val`` where there is such a list, else the only list, else every sequence.
-            Sequences of a list that are not on disk are left out with a warning; names given here must be there.
+        subset: the name of a list in ``ImageSets``, a file with a name a line, or sequence names (separated
+            by commas if one string). Default: ``val`` where there is such a list, else the only list, else
+            every sequence. Sequences of a list that are not on disk are left out with a warning; names given
+            here must be there.
 
     Returns:
         The sequences in the order of the list, or in natural order of their names.
 
     Raises:
-        UserError: an unknown data set or sequence, a missing folder, masks that do not match the frames in number,
-            name or size. The message names the folder and what was expected.
+        UserError: an unknown data set or sequence, a missing folder, masks that do not match the frames in
+            number, name or size. The message names the folder and what was expected.
     """
     if dataset not in LAYOUTS:
         raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(LAYOUTS)}")
@@ -225,7 +65,10 @@ class _Layout:
     """Where a data set keeps things: ``names`` lists the sequences on disk, ``open`` opens one of them."""
 
     def __init__(
-        self, names: Callable[[Path], list[str]], open: Callable[[Path, str], Sequence], lists: str | None = None
+        self,
+        names: Callable[[Path], list[str]],
+        open: Callable[[Path, str], Sequence],
+        lists: str | None = None,
     ):
         self.names = names
         self.open = open
@@ -246,8 +89,8 @@ def _choose(
             raise UserError(f"{path}: none of its {len(names)} sequences is under {root}")
         if missing:
             warnings.warn(
-                f"{dataset}: {len(missing)} of the {len(names)} sequences of {path.name} are not on disk and are "
-                f"left out: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",
+                f"{dataset}: {len(missing)} of the {len(names)} sequences of {path.name} are not on disk "
+                f"and are left out: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",
                 stacklevel=3,
             )
         return [name for name in names if name in on_disk]
@@ -271,7 +114,9 @@ def _folders(folder: Path, *, holding: str | None = None) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = (p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return sorted((name for name in found if not holding or (folder / name / holding).is_dir()), key=natural_key)
+    return sorted(
+        (name for name in found if not holding or (folder / name / holding).is_dir()), key=natural_key
+    )
 
 
 def _require_masks(folder: Path) -> list[Path]:
@@ -288,7 +133,9 @@ def _match(video: FrameFolder, masks: list[Path], folder: Path) -> dict[int, tup
         raise UserError(f"{folder}: {len(masks)} masks for the {video.n_frames} frames of {video.path}")
     for frame in video.files:
         if frame.stem not in by_stem:
-            raise UserError(f"{folder}: no mask named like frame {frame.name}; it holds {masks[0].name} and others")
+            raise UserError(
+                f"{folder}: no mask named like frame {frame.name}; it holds {masks[0].name} and others"
+            )
     return {i: (by_stem[frame.stem],) for i, frame in enumerate(video.files)}
 
 
@@ -362,7 +209,9 @@ def _folder_names(root: Path) -> list[str]:
 
 
 def _open_folder(root: Path, name: str) -> Sequence:
-    frames, masks = ("frames/" + name, "masks/" + name) if _parallel(root) else (name + "/frames", name + "/masks")
+    frames, masks = (
+        ("frames/" + name, "masks/" + name) if _parallel(root) else (name + "/frames", name + "/masks")
+    )
     video = FrameFolder(root / frames, name)
     return MaskFileSequence(name, video, _match(video, _require_masks(root / masks), root / masks))
 

@@ -44,20 +44,23 @@ def evaluate_dataset(
         progress: called after every sequence with the sequence and its result.
 
     Returns:
-        A JSON-ready dictionary, every figure a fraction. ``dataset``; ``protocols``: per protocol the means over all
-        objects of all sequences; ``sequences``: per sequence what `evaluate_sequence` returns; ``regions``: means of
-        FG-ARI and mBO over the sequences; ``baselines``: per baseline its ``protocols``, ``regions`` and
-        ``sequences`` likewise, the protocols also directly under its name; ``settings``.
+        A JSON-ready dictionary, every figure a fraction. ``dataset``; ``protocols``: per protocol the means
+        over all objects of all sequences; ``sequences``: per sequence what `evaluate_sequence` returns;
+        ``regions``: means of FG-ARI and mBO over the sequences; ``baselines``: per baseline its
+        ``protocols``, ``regions`` and ``sequences`` likewise, the protocols also directly under its name;
+        ``settings``.
 
     Raises:
-        UserError: whatever `evaluate_sequence` or `read_predictions` raises; no sequence; a folder of predictions
-            that lacks a sequence, before any is judged.
+        UserError: whatever `evaluate_sequence` or `read_predictions` raises; no sequence; a folder of
+            predictions that lacks a sequence, before any is judged.
     """
     protocols = check_protocols(protocols)
     sequences = list(sequences)
     if not sequences:
         raise UserError("sequences is empty; expected at least one annotated sequence")
-    methods: dict[str | None, Segmenter] = {None: segment if callable(segment) else _reader(segment, sequences)}
+    methods: dict[str | None, Segmenter] = {
+        None: segment if callable(segment) else prediction_reader(segment, sequences)
+    }
     methods |= dict(baselines or {})
     judged: dict[str | None, dict[str, dict]] = {name: {} for name in methods}
     with ThreadPoolExecutor(workers) as executor:
@@ -78,7 +81,8 @@ def evaluate_dataset(
     }
 
 
-def _reader(directory: str | Path, sequences: list[Sequence]) -> Segmenter:
+def prediction_reader(directory: str | Path, sequences: list[Sequence]) -> Segmenter:
+    """What reads each of `sequences` from a folder of predictions; `UserError` if the folder lacks one of them."""
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder of predictions")
@@ -98,6 +102,8 @@ def _averages(results: dict[str, dict], protocols: tuple[str, ...]) -> dict:
     }
     regions = {}
     for score in next(iter(results.values()))["regions"]:
-        values = [result["regions"][score] for result in results.values() if result["regions"][score] is not None]
+        values = [
+            result["regions"][score] for result in results.values() if result["regions"][score] is not None
+        ]
         regions[score] = float(np.mean(values)) if values else None
     return {"protocols": means, "regions": regions, "sequences": results}

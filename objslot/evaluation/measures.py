@@ -1,7 +1,7 @@
-"""Measures between masks: region similarity J, boundary accuracy F, their statistics over time, FG-ARI and mBO.
+"""Measures between masks: region similarity J, boundary accuracy F, their statistics, FG-ARI and mBO.
 
-J, F, mean, recall and decay are those of Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video
-Object Segmentation", CVPR 2016, in the form of the published DAVIS-2017 evaluation.
+J, F, mean, recall and decay are those of Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for
+Video Object Segmentation", CVPR 2016, in the form of the published DAVIS-2017 evaluation.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def jaccard(prediction: np.ndarray, annotation: np.ndarray, void: np.ndarray | N
 def boundary_f(prediction: np.ndarray, annotation: np.ndarray, void: np.ndarray | None = None) -> float:
     """Boundary accuracy F, the harmonic mean of precision and recall of the boundary pixels.
 
-    One-pixel boundaries are matched within a disk of radius ceil(0.008 * diagonal); both masks lose their void
-    pixels first. 1 when neither mask has a boundary, 0 when only one has.
+    One-pixel boundaries are matched within a disk of radius ceil(0.008 * diagonal); both masks lose their
+    void pixels first. 1 when neither mask has a boundary, 0 when only one has.
 
     Args:
         prediction, annotation: bool (H, W).
@@ -54,7 +54,9 @@ def _binary(prediction, annotation, void) -> tuple[np.ndarray, np.ndarray, np.nd
     void = np.zeros_like(prediction) if void is None else np.asarray(void, dtype=bool)
     for name, mask in (("annotation", annotation), ("void", void)):
         if mask.shape != prediction.shape or mask.ndim != 2:
-            raise ValueError(f"{name} has shape {mask.shape}, prediction {prediction.shape}; expected the same (H, W)")
+            raise ValueError(
+                f"{name} has shape {mask.shape}, prediction {prediction.shape}; expected the same (H, W)"
+            )
     return prediction, annotation, void
 
 
@@ -80,7 +82,8 @@ def boundary_f_matrix(predictions: Outlines, annotations: Outlines) -> np.ndarra
         precision[:, g] = packed.count(predictions.edge & annotations.near[g])
         recall[:, g] = packed.count(annotations.edge[g] & predictions.near)
     n_predicted, n_annotated = predictions.length[:, None], annotations.length
-    # A mask without boundary has nothing wrong in it: 1, against 0 for the other one unless that is empty too.
+    # A mask without boundary has nothing wrong in it: 1, against 0 for the other one unless that is empty
+    # too.
     precision = np.where(n_predicted > 0, precision / np.maximum(n_predicted, 1), 1.0)
     recall = np.where(n_annotated > 0, recall / np.maximum(n_annotated, 1), 1.0)
     total = precision + recall
@@ -124,8 +127,8 @@ def jaccard_matrix(table: np.ndarray) -> np.ndarray:
 def statistics(values: np.ndarray) -> tuple[float, float, float]:
     """Mean, recall and decay of a measure over the frames of a video.
 
-    Recall is the share of frames above 0.5; decay the mean of the first quarter minus that of the last, with the
-    quarters of the published evaluation (neighbours share their border frame).
+    Recall is the share of frames above 0.5; decay the mean of the first quarter minus that of the last, with
+    the quarters of the published evaluation (neighbours share their border frame).
 
     Args:
         values: float (T,).
@@ -139,11 +142,12 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
 def foreground_ari(table: np.ndarray) -> float:
     """Adjusted Rand index over the annotated foreground pixels (Hubert and Arabie 1985).
 
-    1 for the same partition, near 0 for chance; NaN without foreground pixels. With one object it can only be 1 (one
-    region covers it) or 0.
+    1 for the same partition, near 0 for chance; NaN without foreground pixels. With one object it can only be
+    1 (one region covers it) or 0.
 
     Args:
-        table: contingency table (K + 1, G + 1). Prediction 0 is a region like the others; annotation 0 is left out.
+        table: contingency table (K + 1, G + 1). Prediction 0 is a region like the others; annotation 0 is
+        left out.
     """
     table = table[:, 1:].astype(np.float64)
     total = table.sum()

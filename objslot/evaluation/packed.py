@@ -1,8 +1,9 @@
-"""Binary masks with 64 pixels to a machine word: boundaries and disk dilation in a few word operations a row."""
+"""Binary masks with 64 pixels to a machine word: boundaries and disk dilation in few word operations."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,16 +11,27 @@ _WORD = np.dtype("<u8")
 _ONE = np.uint64(1)
 _TOP = np.uint64(63)
 # Bits set in every 16-bit number, for numpy before 2.0, which has no bitwise_count.
-_BITS = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
+_BITS = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(
+    1, dtype=np.uint8
+)
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
-    """Pack bool (..., H, W) into uint64 (..., H, ceil(W / 64)): pixel x is bit x % 64 of word x // 64; rest zero."""
+    """Pack bool (..., H, W) into uint64 (..., H, ceil(W / 64)): pixel x is bit x % 64 of word x // 64."""
     words = -(-masks.shape[-1] // 64)
     packed = np.zeros((*masks.shape[:-1], words * 8), np.uint8)
     bits = np.packbits(masks, axis=-1, bitorder="little")
     packed[..., : bits.shape[-1]] = bits
     return packed.view(_WORD)
+
+
+def pack_labels(labels: np.ndarray, chosen: Iterable[int]) -> np.ndarray:
+    """Packed masks (K, H, words) of the chosen labels of a uint8 index map (H, W)."""
+    chosen = list(chosen)
+    masks = np.empty((len(chosen), labels.shape[0], -(-labels.shape[1] // 64)), _WORD)
+    for k, label in enumerate(chosen):
+        masks[k] = pack(labels == label)
+    return masks
 
 
 def count(packed: np.ndarray) -> np.ndarray:
@@ -32,8 +44,8 @@ def count(packed: np.ndarray) -> np.ndarray:
 def boundary(packed: np.ndarray, width: int) -> np.ndarray:
     """One-pixel boundaries: a pixel that differs from its right, lower or lower right neighbour.
 
-    This is the boundary map of the Berkeley segmentation benchmark that the DAVIS evaluation uses; it lies half a
-    pixel towards the origin. Beyond the last row and column the mask is taken to go on unchanged.
+    This is the boundary map of the Berkeley segmentation benchmark that the DAVIS evaluation uses; it lies
+    half a pixel towards the origin. Beyond the last row and column the mask is taken to go on unchanged.
 
     Args:
         packed: masks from `pack`, uint64 (..., H, words).
@@ -53,7 +65,8 @@ def dilate(packed: np.ndarray, radius: int) -> np.ndarray:
     """Dilation by the disk of offsets with dx^2 + dy^2 <= radius^2, exact.
 
     Row by row the disk is an interval: the intervals of growing half width come from one another by one-pixel
-    steps and are put together at the vertical offsets where the disk is that wide. Bits beyond the width may be set.
+    steps and are put together at the vertical offsets where the disk is that wide. Bits beyond the width may
+    be set.
     """
     height = packed.shape[-2]
     half_width = [math.isqrt(radius * radius - dy * dy) for dy in range(min(radius, height - 1) + 1)]

@@ -16,23 +16,24 @@ from objslot.errors import UserError
 def read_predictions(directory: str | Path, name: str, sequence: Sequence | None = None) -> VideoSegmentation:
     """Read the masks of one sequence, from ``directory/name/*`` or ``directory/name/masks/*``.
 
-    Indexed images (a palette) and grey images with levels up to 20 hold track numbers; 0 is no object. Grey images
-    with other levels are numbered in the order of the levels, so that black and white masks show track 1. A file
-    ``objects.json`` in ``directory/name`` may list the tracks called foreground, best first, under ``foreground``;
-    without it every track is foreground, in the order of the numbers.
+    Indexed images (a palette) and grey images with levels up to 20 hold track numbers; 0 is no object. Grey
+    images with other levels are numbered in the order of the levels, so that black and white masks show track
+    1. A file ``objects.json`` in ``directory/name`` may list the tracks called foreground, best first, under
+    ``foreground``; without it every track is foreground, in the order of the numbers.
 
     Args:
         directory: the folder of predictions.
         name: the sequence's name.
         sequence: what the masks must fit. Masks are matched to the frames by their names without suffix (the
-            annotated frames suffice); if none is named like a frame, by their order, if there are as many as frames.
+            annotated frames suffice); if none is named like a frame, by their order, if there are as many as
+            frames.
 
     Returns:
         The segmentation, without partition.
 
     Raises:
-        UserError: a missing folder or mask, another size, more than 20 tracks, colour images, or an unreadable
-            ``objects.json``. The message names the folder or file.
+        UserError: a missing folder or mask, another size, more than 20 tracks, colour images, or an
+            unreadable ``objects.json``. The message names the folder or file.
     """
     folder = Path(directory).expanduser() / name
     masks = folder / "masks" if (folder / "masks").is_dir() else folder
@@ -46,10 +47,17 @@ def read_predictions(directory: str | Path, name: str, sequence: Sequence | None
     palette = False
     for position, path in by_position.items():
         values, indexed = read_mask(path)
-        size = values.shape if sequence is None and tracks is None else sequence.size if sequence else tracks.shape[1:]
+        size = (
+            values.shape
+            if sequence is None and tracks is None
+            else sequence.size
+            if sequence
+            else tracks.shape[1:]
+        )
         if values.shape != size:
             raise UserError(
-                f"{path}: {values.shape[1]} x {values.shape[0]} pixels; expected {size[1]} x {size[0]} as in {name}"
+                f"{path}: {values.shape[1]} x {values.shape[0]} pixels; "
+                f"expected {size[1]} x {size[0]} as in {name}"
             )
         tracks = np.zeros((n_frames, *size), np.uint8) if tracks is None else tracks
         tracks[position] = values
@@ -79,7 +87,8 @@ def _number(tracks: np.ndarray, palette: bool, folder: Path) -> np.ndarray:
     highest = max(levels, default=0)
     if palette and highest > MAX_TRACKS:
         raise UserError(
-            f"{folder}: holds the object number {highest}; at most {MAX_TRACKS} proposals per video are allowed"
+            f"{folder}: holds the object number {highest}; "
+            f"at most {MAX_TRACKS} proposals per video are allowed"
         )
     if len(levels) > MAX_TRACKS:
         raise UserError(
@@ -100,4 +109,6 @@ def _foreground(folder: Path, tracks: np.ndarray) -> tuple[int, ...]:
         listed = json.loads(path.read_text()).get("foreground")
         return labels_of(tracks) if listed is None else tuple(int(track) for track in listed)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected an object with a list \"foreground\"") from error
+        raise UserError(
+            f'{path}: cannot be read ({error}); expected an object with a list "foreground"'
+        ) from error

@@ -20,7 +20,10 @@ def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
     header = ["sequence", *(f"{protocol} {name}" for protocol in protocols for name in _MEASURES.values())]
 
     def row(name: str, scores: dict) -> list[str]:
-        return [name, *(percent(scores[protocol][measure]) for protocol in protocols for measure in _MEASURES)]
+        return [
+            name,
+            *(percent(scores[protocol][measure]) for protocol in protocols for measure in _MEASURES),
+        ]
 
     rows = [row(name, scores) for name, scores in results["sequences"].items()]
     rows.append(row("mean", results["protocols"]))
@@ -63,5 +66,7 @@ def rich_table(results: dict) -> Table:
     for name in header[1:]:
         table.add_column(name, justify="right")
     for i, row in enumerate(rows):
-        table.add_row(*row, style="bold" if row[0] == "mean" else None, end_section=i == len(results["sequences"]) - 1)
+        table.add_row(
+            *row, style="bold" if row[0] == "mean" else None, end_section=i == len(results["sequences"]) - 1
+        )
     return table
