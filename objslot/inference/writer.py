@@ -12,9 +12,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from objslot.data.segmentation import VideoSegmentation
 from objslot.data.video import Video
 from objslot.errors import UserError
 from objslot.viz import VideoWriter, contact_sheet, overlay, write_indexed_png
+from objslot.viz.folders import fresh_folder, refuse_existing, safe_name
 from objslot.viz.report import VideoReport
 
 _SHEET_ROWS = 6
@@ -47,16 +45,6 @@ class DisplayMaps:
     semantic: np.ndarray | None = None
     instance: np.ndarray | None = None
     attention: np.ndarray | None = None
-
-
-def safe_name(name: str) -> str:
-    """A folder name made of the name of a video: letters, digits, `-`, `_` and inner dots, never a path.
-
-    >>> safe_name("../a clip.mp4")
-    'a_clip.mp4'
-    """
-    cleaned = re.sub(r"[^\w.-]+", "_", name).strip("._")[:100]
-    return cleaned or "video"
 
 
 def output_folders(out: str | Path, names: Iterable[str]) -> list[Path]:
@@ -80,14 +68,6 @@ def output_folders(out: str | Path, names: Iterable[str]) -> list[Path]:
     for folder in folders:
         refuse_existing(folder)
     return folders
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError when `folder` is a file or a folder that holds anything."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder} already exists and is not empty; choose another --out or move it away")
 
 
 def write_segmentation(
@@ -116,19 +96,9 @@ def write_segmentation(
     Raises:
         UserError: `folder` exists and is not empty, or the video does not hold the frames that were segmented.
     """
-    folder = Path(folder)
-    refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with fresh_folder(Path(folder)) as partial:
         _write(partial, video, segmentation, maps or DisplayMaps(), settings or {}, progress)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    return Path(folder)
 
 
 def _write(folder, video, segmentation, maps, settings, progress) -> None:

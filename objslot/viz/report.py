@@ -153,7 +153,9 @@ class VideoReport:
 
 def write_page(path: str | Path, template: str, data: dict) -> None:
     """Writes a template of this package with `data` as the JSON that its script reads."""
-    text = resources.files(__package__).joinpath("pages", template).read_text(encoding="utf-8")
+    pages = resources.files("objslot.viz").joinpath("pages")
+    text = pages.joinpath(template).read_text(encoding="utf-8")
+    text = text.replace("__STYLE__", pages.joinpath("style.css").read_text(encoding="utf-8"))
     # "<" cannot end the script element from inside a string.
     code = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     Path(path).write_text(text.replace("__DATA__", code), encoding="utf-8")

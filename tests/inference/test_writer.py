@@ -8,7 +8,8 @@ from PIL import Image
 
 from objslot.data.segmentation import VideoSegmentation
 from objslot.errors import UserError
-from objslot.inference.writer import DisplayMaps, output_folders, safe_name, write_segmentation
+from objslot.inference.writer import DisplayMaps, output_folders, write_segmentation
+from objslot.viz.folders import safe_name
 
 
 class Clip:

@@ -1,0 +1,7 @@
+"""The subcommands of `objslot`: dataclasses whose fields are the flags. Heavy imports wait until one runs."""
+
+from objslot.commands.discover import Discover
+from objslot.commands.evaluate import Evaluate
+from objslot.commands.info import Info
+
+COMMANDS = {"discover": Discover, "evaluate": Evaluate, "info": Info}

@@ -1,0 +1,96 @@
+"""What several subcommands share; importing it is light."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from objslot.errors import UserError
+
+
+@dataclasses.dataclass
+class Command:
+    """A subcommand: its fields are its flags."""
+
+    debug: Annotated[bool, tyro.conf.arg(help="Show a traceback when something goes wrong.")] = False
+
+    def run(self) -> int | None:
+        """Does the work; a number is the exit code."""
+        raise NotImplementedError
+
+
+def require_training_package() -> None:
+    """Raises UserError, saying what is missing, where encoders and models cannot be imported."""
+    from objslot.info import training_missing
+
+    missing = training_missing()
+    if missing is not None:
+        raise UserError(missing)
+
+
+def load_model(directory: Path):
+    """The model in `directory`, ready to segment, on the GPU where there is one."""
+    require_training_package()
+    import torch
+
+    from objslot.models import SMTC
+
+    model = SMTC.load(directory).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def say(text: str) -> None:
+    """One line on stdout, at once."""
+    print(text, flush=True)
+
+
+@contextmanager
+def progress(title: str, unit: str = "frames", every: float = 10.0) -> Iterator:
+    """Gives a function to call with (done, total): a bar on a terminal, a line every few seconds in a log.
+
+    Args:
+        title: what is being done.
+        unit: what is counted.
+        every: seconds between two lines of a log.
+    """
+    if sys.stderr.isatty():
+        with _bar(title, unit) as update:
+            yield update
+        return
+    started = last = time.monotonic()
+    state = {"done": 0, "last": last}
+
+    def line(done: int, total: int) -> None:
+        now = time.monotonic()
+        state["done"] = done
+        if now - state["last"] >= every:
+            state["last"] = now
+            print(f"{title}: {done} of {total} {unit}, {done / (now - started):.1f} a second", file=sys.stderr, flush=True)
+
+    yield line
+    seconds = time.monotonic() - started
+    print(f"{title}: {state['done']} {unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), rate)
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f} a second" if speed else "")
+
+        yield update

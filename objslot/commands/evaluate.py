@@ -1,0 +1,124 @@
+"""`objslot evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from objslot.commands._common import Command, load_model, progress, say
+from objslot.errors import UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluate(Command):
+    """Judge a model, or the masks of any method, on annotated videos: J and F under named protocols."""
+
+    dataset: Annotated[Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"], tyro.conf.arg(
+        help="Layout of the annotated videos; folder: one folder of frames and one of masks a sequence.")]
+    root: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Where the data set is.")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Where to write results.json, tables and pictures.")]
+    model: Annotated[Path | None, tyro.conf.arg(
+        metavar="DIR", help="Folder that `objslot train` wrote.")] = None
+    predictions: Annotated[Path | None, tyro.conf.arg(
+        metavar="DIR", help="Folder with one folder of indexed PNG masks a sequence, instead of a model.")] = None
+    sequences: Annotated[str | None, tyro.conf.arg(
+        metavar="A,B|FILE", help="Names of sequences, or a file with one name a line; all by default.")] = None
+    protocols: Annotated[str, tyro.conf.arg(
+        metavar="A,B,C", help="A label-free, B official, C oracle, semi-supervised.")] = "A,B,C"
+    baselines: Annotated[bool, tyro.conf.arg(
+        help="Also judge clusters of colour and position (null) and, with a model, its bare encoder (frozen).")] = False
+
+    def run(self) -> None:
+        if (self.model is None) == (self.predictions is None):
+            raise UserError("give one of --model DIR and --predictions DIR")
+        from objslot.data.sequences import open_sequences
+        from objslot.evaluation import evaluate_dataset
+        from objslot.evaluation.protocols import check_protocols
+        from objslot.viz.evaluation_report import EvaluationReport
+        from objslot.viz.folders import fresh_folder
+
+        protocols = check_protocols(name.strip() for name in self.protocols.split(",") if name.strip())
+        sequences = open_sequences(self.dataset, self.root, self._subset())
+        with fresh_folder(self.out) as folder:
+            segment, baselines = self._methods(sequences)
+            report, kept = EvaluationReport(folder), {}
+
+            def segment_and_keep(sequence):
+                kept[sequence.name] = segment(sequence)
+                return kept[sequence.name]
+
+            with progress(f"{self.dataset}: judging", "sequences") as update:
+
+                def judged(sequence, result):
+                    report.add(sequence, kept.pop(sequence.name), result)
+                    done.append(sequence.name)
+                    update(len(done), len(sequences))
+
+                done: list[str] = []
+                results = evaluate_dataset(
+                    segment_and_keep, sequences, protocols, dataset=self.dataset, baselines=baselines,
+                    settings=self._settings(), progress=judged,
+                )
+            report.write(results)
+            _write_tables(folder, results)
+        _print_table(results)
+        say(f"figures, tables and pictures -> {self.out}")
+
+    def _subset(self) -> list[str] | str | None:
+        if self.sequences is None or Path(self.sequences).is_file():
+            return self.sequences
+        return [name.strip() for name in self.sequences.split(",") if name.strip()]
+
+    def _settings(self) -> dict:
+        from objslot import __version__
+
+        return {
+            "version": __version__, "root": str(self.root), "model": None if self.model is None else str(self.model),
+            "predictions": None if self.predictions is None else str(self.predictions),
+        }
+
+    def _methods(self, sequences):
+        """What segments a sequence, and the baselines by name."""
+        from objslot.evaluation.dataset import prediction_reader
+
+        baselines = {}
+        if self.model is None:
+            segment = prediction_reader(self.predictions, sequences)
+        else:
+            model = load_model(self.model)
+            from objslot.inference import segment_video
+
+            def segment(sequence):
+                return segment_video(model, sequence.video)
+
+        if self.baselines:
+            from objslot.inference.baselines import colour_null, frozen_backbone
+
+            baselines["null"] = lambda sequence: colour_null(sequence.video)
+            if self.model is not None:
+                baselines["frozen"] = lambda sequence: frozen_backbone(model.encoder, sequence.video)
+        return segment, baselines
+
+
+def _write_tables(folder: Path, results: dict) -> None:
+    from objslot.evaluation import markdown_table, plain_table
+
+    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (folder / "table.md").write_text(markdown_table(results))
+    (folder / "table.txt").write_text(plain_table(results))
+
+
+def _print_table(results: dict) -> None:
+    from objslot.evaluation import plain_table, rich_table
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(rich_table(results))
+    else:
+        say(plain_table(results).rstrip())
