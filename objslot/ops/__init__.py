@@ -1,33 +1,26 @@
-"""The ops: plain functions on tensors, each in a folder of its own with its reference and its backends."""
+"""The ops: plain functions on tensors, each in a folder of its own with its reference and its backends.
 
-from importlib import import_module
+A function hides the folder of the same name as an attribute of this package; `from objslot.ops.sinkhorn
+import reference` finds the folder all the same.
+"""
 
 from objslot.ops._backends import BACKENDS, explain, use_backend
+from objslot.ops.assign import assign
+from objslot.ops.propagate import propagate
+from objslot.ops.sinkhorn import sinkhorn, sinkhorn_potentials
+from objslot.ops.slot_attention import slot_attention
+from objslot.ops.slot_softmax import slot_softmax
+from objslot.ops.transport import sinkhorn_transport
 
-_FOLDERS = {
-    "sinkhorn": "sinkhorn",
-    "sinkhorn_potentials": "sinkhorn",
-    "sinkhorn_transport": "transport",
-    "slot_softmax": "slot_softmax",
-    "slot_attention": "slot_attention",
-    "assign": "assign",
-    "propagate": "propagate",
-}
-
-__all__ = ["BACKENDS", "explain", "use_backend", *_FOLDERS]
-
-
-_missing = {}
-for _name, _folder in _FOLDERS.items():
-    # Imported here and not on demand: the folder "sinkhorn" would otherwise hide the function "sinkhorn".
-    try:
-        globals()[_name] = getattr(import_module(f"objslot.ops.{_folder}"), _name)
-    except Exception as error:
-        _missing[_name] = error
-        globals().pop(_name, None)
-
-
-def __getattr__(name):
-    if name in _missing:
-        raise ImportError(f"op {name} does not import") from _missing[name]
-    raise AttributeError(f"module 'objslot.ops' has no attribute {name!r}")
+__all__ = [
+    "BACKENDS",
+    "assign",
+    "explain",
+    "propagate",
+    "sinkhorn",
+    "sinkhorn_potentials",
+    "sinkhorn_transport",
+    "slot_attention",
+    "slot_softmax",
+    "use_backend",
+]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast hands them to a matrix product: float64 stays, where it is off all stay."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     low = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(x.to(dtype) if x.dtype in low else x for x in tensors)
+    return tuple(x.to(dtype) if x is not None and x.dtype in low else x for x in tensors)
 
 
 def disabled(device: torch.device) -> AbstractContextManager:

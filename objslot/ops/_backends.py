@@ -45,7 +45,7 @@ def registered() -> dict[str, tuple[str, ...]]:
 
 
 def select(op: str, requested: str | None = None, **facts) -> str:
-    """The backend that serves this call of `op`; raises BackendError when the one asked for by name cannot."""
+    """The backend that serves this call; raises BackendError when the one asked for by name cannot."""
     name = requested or _forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
     if name is not None and name != "auto":
         reason = _reason(op, name, facts)
@@ -94,10 +94,10 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     `op` is a public op or its name. Nothing is computed and nothing is raised for a backend that cannot serve.
     """
     if isinstance(op, str):
-        ops = sys.modules["objslot.ops"]
-        if op not in ops.__all__ or op in ("BACKENDS", "explain", "use_backend"):
+        found = getattr(sys.modules["objslot.ops"], op, None)
+        if not hasattr(sys.modules.get(getattr(found, "__module__", None)), "facts"):
             raise ValueError(f"op: expected the name of an op, got {op!r}")
-        op = getattr(ops, op)
+        op = found
     requested = kwargs.pop("backend", None)
     facts = sys.modules[op.__module__].facts(*args, **kwargs)
     # The functions of one folder may share its rows, as sinkhorn and sinkhorn_potentials do.
@@ -128,7 +128,9 @@ def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation
             return reason
         return "could serve it" if _rows[op][backend][1] else "could serve it, only when asked for by name"
 
-    return Explanation(op, chosen, origin, {backend: phrase(backend, reason) for backend, reason in reasons.items()})
+    return Explanation(
+        op, chosen, origin, {backend: phrase(backend, reason) for backend, reason in reasons.items()}
+    )
 
 
 def _check_name(name: str) -> None:

@@ -13,9 +13,10 @@ __all__ = ["facts", "slot_attention"]
 def slot_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     mask: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-8,
     return_logits: bool = False,
@@ -23,20 +24,21 @@ def slot_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Slot attention's update in groups of slots (Locatello et al. 2020, Algorithm 1, lines 7 and 8).
 
-        logits[g, i, j]  = scale * <q[g, i], k[j]>
+        logits[g, i, j]  = scale * <q[g, i], k[j]> + bias[g, i]
         weights[g, i, j] = slot_softmax(logits, mask, eps=eps)
         updates[g, i]    = sum over j of weights[g, i, j] * v[j]
 
     The p slots of a group compete for the n positions; groups do not see one another and share k and v. Plain
-    slot attention is g = 1.
+    slot attention is g = 1. The attention is never stored, unless the logits are asked for.
 
     Args:
         q: (..., g, p, d), float16, bfloat16, float32 or float64. Half precision is computed in float32.
         k: (..., n, d), dtype and device of q.
-        v: (..., n, e), dtype and device of q.
+        v: (..., n, e), dtype and device of q; None means that the keys are the values too.
         mask: (..., g, n), weights of the positions, not negative; or bool. Where it is 0 the position is left out
             of the group, and its gradients are 0. A position that every group leaves out is not read at all: k
             and v may hold anything there. None counts every position once.
+        bias: (..., g, p), dtype and device of q, added to every logit of a slot; None means 0.
         scale: above 0; None means 1 / sqrt(d).
         eps: above 0, added to the softmax so that a slot that wins nowhere averages all positions.
         return_logits: also return the logits, zeros at positions that every group leaves out.
@@ -48,7 +50,7 @@ def slot_attention(
         updates (..., g, p, e), dtype of q; zeros for a slot without any position. With `return_logits` also the
         logits (..., g, p, n). NaN stays inside its batch element.
 
-    Gradients: q, k, v and mask, through both results, exact. Second derivatives go through the reference.
+    Gradients: q, k, v, mask and bias, through both results, exact. Second derivatives go through the reference.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -57,47 +59,58 @@ def slot_attention(
     """
     _checks.tensor("q", q, "(..., g, p, d)")
     _checks.tensor("k", k, "(..., n, d)")
-    _checks.tensor("v", v, "(..., n, e)")
-    q, k, v = _autocast.cast(q, k, v)
+    if v is not None:
+        _checks.tensor("v", v, "(..., n, e)")
+    if bias is not None:
+        _checks.tensor("bias", bias, "(..., g, p)")
+    q, k, v, bias = _autocast.cast(q, k, v, bias)
     _checks.floating("q", q)
     _checks.like("k", k, "q", q)
-    _checks.like("v", v, "q", q)
     check_sizes("q", q.shape, groups=-3, slots=-2, features=-1)
-    check_sizes("v", v.shape, features=-1)
-    positions = k.shape[-2]
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     _checks.positive("scale", scale)
     _checks.positive("eps", eps)
-    batch = q.shape[:-3]
-    if k.shape[:-2] != batch or v.shape[:-2] != batch:
-        try:
-            batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-2], v.shape[:-2])
-        except RuntimeError:
-            raise ValueError(
-                f"q, k, v: expected leading dimensions that broadcast, got {tuple(q.shape[:-3])}, "
-                f"{tuple(k.shape[:-2])} and {tuple(v.shape[:-2])}"
-            ) from None
-        q = q.expand(*batch, *q.shape[-3:])
+    batch, positions = _batch(q, k, v), k.shape[-2]
     _checks.expandable("k", k, (*batch, positions, q.shape[-1]), "(..., n, d)")
-    _checks.expandable("v", v, (*batch, positions, v.shape[-1]), "(..., n, e)")
-    k = k.expand(*batch, *k.shape[-2:])
-    v = v.expand(*batch, *v.shape[-2:])
+    q, k = q.expand(*batch, *q.shape[-3:]), k.expand(*batch, *k.shape[-2:])
+    if v is not None:
+        _checks.like("v", v, "q", q)
+        check_sizes("v", v.shape, features=-1)
+        _checks.expandable("v", v, (*batch, positions, v.shape[-1]), "(..., n, e)")
+        v = v.expand(*batch, *v.shape[-2:])
+    if bias is not None:
+        _checks.like("bias", bias, "q", q)
+        _checks.expandable("bias", bias, q.shape[:-1], "(..., g, p)")
+        bias = bias.expand(q.shape[:-1])
     if mask is not None:
         mask = prepare_mask(mask, q, "q", (*batch, q.shape[-3], positions))
-    updates, logits, _ = torch.ops.objslot.slot_attention(q, k, v, mask, scale, eps, return_logits, backend)
+    updates, logits, _ = torch.ops.objslot.slot_attention(
+        q, k, v, mask, bias, scale, eps, return_logits, backend
+    )
     return (updates, logits) if return_logits else updates
 
 
 def facts(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     mask: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-8,
     return_logits: bool = False,
 ) -> dict:
     """What decides the backend of `slot_attention(q, k, v, mask)`."""
     return autograd.facts(q, k, v)
+
+
+def _batch(q: Tensor, k: Tensor, v: Tensor | None) -> torch.Size:
+    leading = [q.shape[:-3], k.shape[:-2]] + ([] if v is None else [v.shape[:-2]])
+    if all(sizes == leading[0] for sizes in leading):
+        return leading[0]
+    try:
+        return torch.broadcast_shapes(*leading)
+    except RuntimeError:
+        shown = ", ".join(str(tuple(sizes)) for sizes in leading)
+        raise ValueError(f"q, k, v: expected leading dimensions that broadcast, got {shown}") from None

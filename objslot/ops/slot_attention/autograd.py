@@ -9,21 +9,22 @@ from objslot.ops.slot_attention import reference
 from objslot.ops.slot_softmax.reference import arithmetic
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
+# v is None where the keys are the values too; the gradient of k then holds both parts.
 _lib.define(
-    "slot_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float eps, bool return_logits, "
-    "str? backend) -> (Tensor updates, Tensor logits, Tensor mass)"
+    "slot_attention(Tensor q, Tensor k, Tensor? v, Tensor? mask, Tensor? bias, float scale, float eps, "
+    "bool return_logits, str? backend) -> (Tensor updates, Tensor logits, Tensor mass)"
 )
-# `needs` says which of the gradients of q, k, v and mask are wanted; the others come back empty.
+# `needs` says which of the gradients of q, k, v, mask and bias are wanted; the others come back empty.
 _lib.define(
-    "slot_attention_backward(Tensor? grad_updates, Tensor? grad_logits, Tensor q, Tensor k, Tensor v, "
-    "Tensor? mask, Tensor updates, Tensor mass, float scale, float eps, bool[4] needs, str? backend) "
-    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_mask)"
+    "slot_attention_backward(Tensor? grad_updates, Tensor? grad_logits, Tensor q, Tensor k, Tensor? v, "
+    "Tensor? mask, Tensor? bias, Tensor updates, Tensor mass, float scale, float eps, bool[5] needs, "
+    "str? backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_mask, Tensor grad_bias)"
 )
 
 _backends.register("slot_attention", "reference", lambda **facts: None)
 
 
-def facts(q: Tensor, k: Tensor, v: Tensor) -> dict:
+def facts(q: Tensor, k: Tensor, v: Tensor | None) -> dict:
     """What the table of backends is asked with."""
     return {
         "device": q.device,
@@ -32,60 +33,59 @@ def facts(q: Tensor, k: Tensor, v: Tensor) -> dict:
         "slots": q.shape[-2],
         "positions": k.shape[-2],
         "width": q.shape[-1],
-        "value_width": v.shape[-1],
+        "value_width": (k if v is None else v).shape[-1],
     }
 
 
-def _forward(q, k, v, mask, scale, eps, return_logits, backend):
+def _forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
     _backends.select("slot_attention", backend, **facts(q, k, v))
     with _autocast.disabled(q.device):
-        updates, logits, mass = reference.slot_attention(q, k, v, mask, scale, eps)
+        updates, logits, mass = reference.slot_attention(q, k, v, mask, bias, scale, eps)
     logits = logits.to(q.dtype).contiguous() if return_logits else q.new_empty(0)
     return updates.to(q.dtype).contiguous(), logits, mass.contiguous()
 
 
-def _backward(grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend):
+def _backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, backend):
     _backends.select("slot_attention", backend, **facts(q, k, v))
     with _autocast.disabled(q.device):
         grads = reference.slot_attention_backward(
-            grad_updates, grad_logits, q, k, v, mask, scale, eps, needs[3]
+            grad_updates, grad_logits, q, k, v, mask, bias, scale, eps
         )
     return tuple(
         grad.contiguous() if wanted else q.new_empty(0) for grad, wanted in zip(grads, needs, strict=True)
     )
 
 
-def _fake_forward(q, k, v, mask, scale, eps, return_logits, backend):
+def _fake_forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
     rows = q.shape[:-1]
     return (
-        q.new_empty((*rows, v.shape[-1])),
+        q.new_empty((*rows, (k if v is None else v).shape[-1])),
         q.new_empty((*rows, k.shape[-2])) if return_logits else q.new_empty(0),
         q.new_empty(rows, dtype=arithmetic(q.dtype)),
     )
 
 
-def _fake_backward(grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend):
+def _fake_backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, backend):
     return tuple(
         like.new_empty(like.shape) if wanted else q.new_empty(0)
-        for like, wanted in zip((q, k, v, mask), needs, strict=True)
+        for like, wanted in zip((q, k, v, mask, bias), needs, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, ctx.scale, ctx.eps, _, ctx.backend = inputs
+    q, k, v, mask, bias, ctx.scale, ctx.eps, ctx.has_logits, ctx.backend = inputs
     updates, _, mass = output
-    ctx.save_for_backward(q, k, v, mask, updates, mass)
+    ctx.save_for_backward(q, k, v, mask, bias, updates, mass)
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_updates, grad_logits, _):
-    needs = list(ctx.needs_input_grad[:4])
-    if grad_logits is not None and grad_logits.dim() == 1:
-        # The empty stand-in for logits that nobody asked for.
+    needs = list(ctx.needs_input_grad[:5])
+    if not ctx.has_logits:
         grad_logits = None
     if grad_updates is None and grad_logits is None:
-        return (None,) * 8
+        return (None,) * 9
     grads = torch.ops.objslot.slot_attention_backward(
         grad_updates, grad_logits, *ctx.saved_tensors, ctx.scale, ctx.eps, needs, ctx.backend
     )
@@ -94,9 +94,10 @@ def _gradients(ctx, grad_updates, grad_logits, _):
 
 
 def _differentiable_backward(
-    grad_updates, grad_logits, q, k, v, mask, updates, mass, scale, eps, needs, backend
+    grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, backend
 ):
-    return reference.slot_attention_backward(grad_updates, grad_logits, q, k, v, mask, scale, eps, needs[3])
+    grads = reference.slot_attention_backward(grad_updates, grad_logits, q, k, v, mask, bias, scale, eps)
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
 
 
 _lib.impl("slot_attention", _forward, "CompositeExplicitAutograd")
