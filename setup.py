@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Each extension is a CMake target of the same name; one that does not build is left out with a warning."""
+    """Each extension is a CMake target of its name; one that does not build is left out with a warning."""
 
     def run(self):
         try:
@@ -62,7 +62,10 @@ class CMakeBuild(build_ext):
 
     def _has_target(self, target):
         listed = subprocess.run(
-            ["cmake", "--build", self._folder, "--target", "help"], stdout=subprocess.PIPE, text=True, check=True
+            ["cmake", "--build", self._folder, "--target", "help"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         return any(line.startswith(f"{target}:") for line in listed.stdout.splitlines())
 

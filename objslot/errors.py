@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name does not exist, or cannot serve this call; the message says why."""
+    """A backend asked for by name does not exist or cannot serve this call; the message says why."""

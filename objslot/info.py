@@ -1,13 +1,13 @@
 """What this installation can do: versions, devices, the compiled modules, the backends of every op.
 
-`collect(check=True)` also runs every backend that serves a small call on this machine, forward and backward, and
-compares it with the reference in float64.
+`collect(check=True)` also runs every backend that serves a small call on this machine, forward and backward,
+and compares it with the reference in float64.
 """
 
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import objslot
 from objslot import ops
+from objslot.errors import UserError
 from objslot.ops import _native
 from objslot.ops._backends import BACKENDS, explain
 
@@ -25,7 +26,10 @@ ERROR_RATIO = 2.0
 OPS: dict[str, Callable[[torch.Generator], tuple[tuple[Tensor, ...], dict]]] = {
     "sinkhorn": lambda g: ((_normal(g, 2, 33, 47),), {"eps": 0.1}),
     "sinkhorn_potentials": lambda g: ((_normal(g, 2, 33, 47),), {"eps": 0.1}),
-    "sinkhorn_transport": lambda g: ((_normal(g, 2, 33, 24), _normal(g, 2, 47, 24), _normal(g, 2, 47, 5)), {"eps": 0.1}),
+    "sinkhorn_transport": lambda g: (
+        (_normal(g, 2, 33, 24), _normal(g, 2, 47, 24), _normal(g, 2, 47, 5)),
+        {"eps": 0.1},
+    ),
     "slot_softmax": lambda g: ((_normal(g, 2, 3, 4, 65), _uniform(g, 2, 3, 65)), {}),
     "slot_attention": lambda g: (
         (_normal(g, 2, 3, 4, 24), _normal(g, 2, 65, 24), _normal(g, 2, 65, 17), _uniform(g, 2, 3, 65)),
@@ -59,19 +63,24 @@ def collect(check: bool = False) -> dict:
 
 def training_missing() -> str | None:
     """None where the training package can be imported, else one line that says what is missing."""
+    missing = [
+        name for name in ("av", "safetensors", "scipy", "tyro", "rich", "PIL") if util.find_spec(name) is None
+    ]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
     try:
-        import timm  # noqa: F401
-    except Exception as error:  # a torchvision built for another torch fails with RuntimeError, not ImportError
-        return f"encoders need timm, and timm needs a torchvision that matches torch {torch.__version__} ({error})"
-    missing = [name for name in ("av", "safetensors", "scipy", "tyro", "rich", "PIL") if util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+        import_module("objslot.models")
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def checks(device: torch.device) -> Iterator[dict]:
     """One result an op and backend on `device`: {"op", "backend", "device", "error", "allowed", "passed"}.
 
-    "error" is the largest relative error of outputs and gradients in float32 against the reference in float64,
-    "allowed" is ERROR_RATIO times that of the reference in float32. A backend that raises has "failure" instead.
+    "error" is the largest relative error of outputs and gradients in float32 against the reference in
+    float64, "allowed" is ERROR_RATIO times that of the reference in float32. A backend that raises has
+    "failure" instead of both.
     """
     for name in OPS:
         function = getattr(ops, name)
@@ -81,7 +90,12 @@ def checks(device: torch.device) -> Iterator[dict]:
         for backend in BACKENDS:
             result = {"op": name, "backend": backend, "device": device.type}
             try:
-                if explain(function, *_cast(arguments, device, torch.float32), **options, backend=backend).chosen is None:
+                if (
+                    explain(
+                        function, *_cast(arguments, device, torch.float32), **options, backend=backend
+                    ).chosen
+                    is None
+                ):
                     continue
                 found = _run(function, arguments, options, device, torch.float32, backend)
                 error = max(_relative_error(one, other) for one, other in zip(found, exact, strict=True))
@@ -95,7 +109,9 @@ def checks(device: torch.device) -> Iterator[dict]:
 
 def as_text(information: dict) -> str:
     """`collect`'s result for people."""
-    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in information["packages"].items())
+    packages = ", ".join(
+        f"{name} {version or 'missing'}" for name, version in information["packages"].items()
+    )
     native, cpu = information["native"], information["cpu"]
     lines = [
         f"objslot {information['objslot']}, Python {information['python']}",
@@ -114,7 +130,9 @@ def as_text(information: dict) -> str:
         for result in information["checks"]:
             verdict = "ok  " if result["passed"] else "FAIL"
             found = result.get("failure") or f"error {result['error']:.1e}, allowed {result['allowed']:.1e}"
-            lines.append(f"  {verdict} {result['op']:<20} {result['backend']:<9} {result['device']:<5} {found}")
+            lines.append(
+                f"  {verdict} {result['op']:<20} {result['backend']:<9} {result['device']:<5} {found}"
+            )
     return "\n".join(lines)
 
 
@@ -138,7 +156,9 @@ def _run(function, arguments, options, device, dtype, backend) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     with_gradient = [output for output in outputs if output.requires_grad]
     weights = [_uniform(generator, *output.shape).to(device, dtype) for output in with_gradient]
-    gradients = torch.autograd.grad(with_gradient, arguments, weights, allow_unused=True) if with_gradient else ()
+    gradients = (
+        torch.autograd.grad(with_gradient, arguments, weights, allow_unused=True) if with_gradient else ()
+    )
     return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
 
 
@@ -165,7 +185,11 @@ def _cpu() -> dict:
     model = platform.processor() or platform.machine()
     description = Path("/proc/cpuinfo")
     if sys.platform == "linux" and description.exists():
-        names = (line.partition(":")[2].strip() for line in description.read_text().splitlines() if "model name" in line)
+        names = (
+            line.partition(":")[2].strip()
+            for line in description.read_text().splitlines()
+            if "model name" in line
+        )
         model = next(names, model)
     return {"model": model, "threads": torch.get_num_threads()}
 

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# `python -m pytest` puts the checkout first on the path, where objslot has no compiled module: drop it, here and
-# in every Python that a test starts, so that the installed package is the one under test.
+# `python -m pytest` puts the checkout first on the path, where objslot has no compiled module: drop it, here
+# and in every Python that a test starts, so that the installed package is the one under test.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 os.environ["PYTHONSAFEPATH"] = "1"

@@ -8,8 +8,8 @@ try:
     import timm  # noqa: F401
 except Exception as error:  # a torchvision built for another torch fails with RuntimeError, not ImportError
     raise UserError(
-        f"the encoders need timm, which does not load beside torch {torch.__version__} ({error}); install timm and "
-        "the torchvision built for this torch"
+        f"the encoders need timm, which does not load beside torch {torch.__version__} ({error}); install "
+        "timm and the torchvision built for this torch"
     ) from error
 
 from objslot.models.branch import IterationMaps, SlotMaps

@@ -75,7 +75,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend `chosen` (None when no backend serves) and why each other one is not."""
+    """What `explain` found: the backend `chosen` (None when none serves) and why each other one is not."""
 
     op: str
     chosen: str | None
@@ -91,7 +91,7 @@ class Explanation:
 def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     """Say which backend would serve `op(*args, **kwargs)`, and why each of the others would not.
 
-    `op` is a public op or its name. Nothing is computed and nothing is raised for a backend that cannot serve.
+    `op` is a public op or its name. Nothing is computed; a backend that cannot serve raises nothing.
     """
     if isinstance(op, str):
         found = getattr(sys.modules["objslot.ops"], op, None)

@@ -18,9 +18,8 @@ def tensor(name: str, value: object, layout: str) -> None:
         raise TypeError(f"{name}: expected a tensor of shape {layout}, got {type(value).__name__}")
     least = layout.count(",")
     if value.dim() < least:
-        raise ValueError(
-            f"{name}: expected at least {least} dimension{'s' * (least != 1)}, {layout}, got {_shape(value.shape)}"
-        )
+        count = f"{least} dimension{'s' * (least != 1)}"
+        raise ValueError(f"{name}: expected at least {count}, {layout}, got {_shape(value.shape)}")
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -56,8 +55,8 @@ def expandable(name: str, value: Tensor, expected: Sequence[int], layout: str) -
     )
     if not fits:
         raise ValueError(
-            f"{name}: expected shape {layout} = {_shape(expected)}, or one that broadcasts to it in its leading "
-            f"dimensions, got {_shape(sizes)}"
+            f"{name}: expected shape {layout} = {_shape(expected)}, or one that broadcasts to it in its "
+            f"leading dimensions, got {_shape(sizes)}"
         )
 
 

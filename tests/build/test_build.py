@@ -1,4 +1,4 @@
-"""Building and installing: what is shipped, what happens a second time, without a compiler, with a broken nvcc."""
+"""Building and installing: what is shipped, a second build, no compiler, CUDA sources that do not compile."""
 
 import os
 import shutil
@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("objslot", "csrc", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
+SHIPPED = (
+    "objslot",
+    "csrc",
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 # The environment's own tools first: the build must find the cmake and the ninja installed beside the tests.
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 

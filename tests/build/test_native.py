@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(native is None, reason="the compiled module was 
 def active_isa(wanted):
     code = "from objslot import _native; print(_native.isa())"
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "OBJSLOT_ISA": wanted}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "OBJSLOT_ISA": wanted},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -42,7 +45,11 @@ def test_the_best_level_is_the_default_and_nonsense_is_refused():
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_the_openmp_runtime_is_shared_with_torch():
     dynamic = subprocess.run(
-        ["readelf", "-d", native.__file__], capture_output=True, text=True, check=True, env={"LC_ALL": "C", **os.environ}
+        ["readelf", "-d", native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"LC_ALL": "C", **os.environ},
     ).stdout
     runtimes = re.findall(r"NEEDED.*\[(lib(?:g|i)?omp[^]]*)\]", dynamic)
     assert set(runtimes) <= {"libgomp.so.1", "libomp.so", "libomp.so.5"}
@@ -52,7 +59,9 @@ def test_the_openmp_runtime_is_shared_with_torch():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nm") is None or shutil.which("c++") is None, reason="needs a compiler and nm")
+@pytest.mark.skipif(
+    shutil.which("nm") is None or shutil.which("c++") is None, reason="needs a compiler and nm"
+)
 def test_kernel_files_leave_nothing_that_another_file_could_link_against(tmp_path):
     import pybind11
 
@@ -63,7 +72,9 @@ def test_kernel_files_leave_nothing_that_another_file_could_link_against(tmp_pat
     subprocess.run([*configure, *settings], check=True, env=environment)
     levels = LEVELS if native.best_isa() != "base" else LEVELS[:1]
     for level in levels:
-        subprocess.run(["cmake", "--build", tmp_path, "--target", f"kernels_{level}"], check=True, env=environment)
+        subprocess.run(
+            ["cmake", "--build", tmp_path, "--target", f"kernels_{level}"], check=True, env=environment
+        )
         objects = list((tmp_path / "CMakeFiles" / f"kernels_{level}.dir").rglob("*.o"))
         assert objects
         for path in objects:
