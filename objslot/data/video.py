@@ -17,14 +17,31 @@ from objslot.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp"}
+    {
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".webm",
+        ".mkv",
+        ".avi",
+        ".gif",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".wmv",
+        ".flv",
+        ".ogv",
+        ".3gp",
+    }
 )
 FALLBACK_FPS = 24.0
 
 
 def natural_key(name: str) -> list:
     """Sort key under which ``frame2`` comes before ``frame10``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)
+    ]
 
 
 class Video(abc.ABC):
@@ -87,7 +104,9 @@ class FrameFolder(Video):
         super().__init__(path, name or Path(path).name)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder of frames")
-        self.files = sorted((p for p in self.path.iterdir() if _is_image(p)), key=lambda p: natural_key(p.name))
+        self.files = sorted(
+            (p for p in self.path.iterdir() if is_image(p)), key=lambda p: natural_key(p.name)
+        )
         if not self.files:
             raise UserError(f"{self.path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
 
@@ -128,13 +147,13 @@ class FrameFolder(Video):
     def _header(self, file: Path) -> tuple[int, int]:
         from PIL import Image
 
-        with _readable(file), Image.open(file) as image:
+        with readable(file), Image.open(file) as image:
             return image.height, image.width
 
     def _decode(self, file: Path) -> torch.Tensor:
         from PIL import Image
 
-        with _readable(file), Image.open(file) as image:
+        with readable(file), Image.open(file) as image:
             self._require_size(file, (image.height, image.width))
             return torch.from_numpy(np.array(image.convert("RGB")))
 
@@ -268,7 +287,7 @@ class VideoFile(Video):
     def _container(self):
         import av
 
-        with _readable(self.path), av.open(str(self.path)) as container:
+        with readable(self.path), av.open(str(self.path)) as container:
             if not container.streams.video:
                 raise UserError(f"{self.path}: the file holds no video stream")
             stream = container.streams.video[0]
@@ -283,7 +302,7 @@ def _upright(frame) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _readable(path: Path):
+def readable(path: Path):
     """Turn what Pillow, PyAV and the file system raise for a bad file into one line that names the file."""
     try:
         yield
@@ -296,97 +315,20 @@ def _readable(path: Path):
         raise UserError(f"{path}: cannot be read, damaged or of an unknown format ({reason})") from error
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether ``path`` is a visible image file; a broken link is not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _is_video(path: Path) -> bool:
+def is_video(path: Path) -> bool:
+    """Whether ``path`` is a visible file with the suffix of a video; a broken link is not."""
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with _readable(file):
+        with readable(file):
             facts = file.stat()
         digest.update(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def find_videos(path: str | Path, *, check: bool = True, unusable: list[UserError] | None = None) -> list[Video]:
-    """The videos under ``path``, found by looking, in natural order of their names.
-
-    ``path`` is a video file, a folder of frames, a DAVIS root (``JPEGImages/480p`` or another resolution), a
-    YouTube-VOS root (``train/JPEGImages``), or a folder that holds video files and folders of frames at any depth.
-    Image files beside video files are taken for thumbnails. With ``check`` every video is indexed and every image
-    header read; a video that fails raises, or, where a list ``unusable`` is given, is left out and its error appended.
-
-    Raises `UserError` if ``path`` does not exist or holds no usable video.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            raise UserError(f"{path}: an image, expected a video file or a folder")
-        candidates = [(path, path.name)]
-    elif path.is_dir():
-        root = _layout_root(path)
-        found = list(_search(root, ancestors=()))
-        candidates = [(item, item.relative_to(root).as_posix() if item != root else path.name) for item in found]
-    else:
-        raise UserError(f"{path}: no such file or folder")
-
-    videos, failures = [], []
-    for (item, _), name in zip(candidates, _unique_names(candidates), strict=True):
-        try:
-            video = FrameFolder(item, name) if item.is_dir() else VideoFile(item, name)
-            if check:
-                video.check()
-            videos.append(video)
-        except UserError as error:
-            if unusable is None:
-                raise
-            failures.append(error)
-    if unusable is not None:
-        unusable += failures
-    if not videos:
-        if failures:
-            more = f" (and {len(failures) - 1} more unusable videos)" if len(failures) > 1 else ""
-            raise UserError(f"{failures[0]}{more}")
-        raise UserError(f"{path}: no video found: no video file, no folder of images, no DAVIS or YouTube-VOS layout")
-    return sorted(videos, key=lambda video: natural_key(video.name))
-
-
-def _layout_root(path: Path) -> Path:
-    """The folder of videos inside a DAVIS or YouTube-VOS root; ``path`` itself for any other folder."""
-    for images in (path / "JPEGImages", path / "train" / "JPEGImages", path / "train_all_frames" / "JPEGImages"):
-        if images.is_dir():
-            for resolution in ("480p", "Full-Resolution", "1080p"):
-                if (images / resolution).is_dir():
-                    return images / resolution
-            return images
-    return path
-
-
-def _search(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in ancestors:
-        return
-    with _readable(folder):
-        entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural_key(p.name))
-    files = [entry for entry in entries if _is_video(entry)]
-    if files:
-        yield from files
-    elif any(_is_image(entry) for entry in entries):
-        yield folder
-        return
-    for entry in entries:
-        if entry.is_dir():
-            yield from _search(entry, (*ancestors, real))
-
-
-def _unique_names(candidates: list[tuple[Path, str]]) -> list[str]:
-    """Folder names without separators; the file suffix stays only where two videos would share a name."""
-    short = [name if item.is_dir() else str(Path(name).with_suffix("")) for item, name in candidates]
-    return [
-        (full if short.count(brief) > 1 else brief).replace("/", "__") for (_, full), brief in zip(candidates, short)
-    ]
