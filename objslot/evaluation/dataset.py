@@ -82,7 +82,7 @@ def evaluate_dataset(
 
 
 def prediction_reader(directory: str | Path, sequences: list[Sequence]) -> Segmenter:
-    """What reads each of `sequences` from a folder of predictions; `UserError` if the folder lacks one of them."""
+    """A segmenter that reads a folder of predictions; `UserError` if that lacks one of ``sequences``."""
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder of predictions")

@@ -30,7 +30,7 @@ class FrameJob:
 
 
 def measure_frames(job: FrameJob) -> list[dict]:
-    """For every frame the measures that the protocols of the job draw on; see `_measure_frame` for the keys."""
+    """For every frame the measures that the job's protocols draw on; `_measure_frame` explains the keys."""
     partition = [None] * len(job.tracks) if job.partition is None else job.partition
     return [_measure_frame(job, *maps) for maps in zip(job.tracks, partition, job.annotations, strict=True)]
 
