@@ -1,0 +1,98 @@
+"""One process or many: what torchrun sets up, gloo on CPUs and NCCL on GPUs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from objslot.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and talks."""
+        return self.rank == 0
+
+    def share(self, batch_size: int, parts: int) -> int:
+        """Clips that a process takes at a time when a batch is cut into ``parts`` in every process."""
+        if batch_size % (self.size * parts):
+            raise UserError(
+                f"batch_size: got {batch_size}, expected a multiple of processes x accumulate = {self.size} x {parts}"
+            )
+        return batch_size // (self.size * parts)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, true where it is in any process."""
+        if self.size == 1:
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        return [bool(value) for value in values.tolist()]
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Each value's mean over the processes."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total)
+        return (total / self.size).tolist()
+
+    def gather(self, value):
+        """The value of every process, in all of them."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leader does the block, then the others; when it fails there, it fails in all of them."""
+        failure = None
+        if self.leads:
+            try:
+                yield
+            except UserError as error:
+                failure = error
+        failure = self.gather(failure)[0]
+        if failure is not None:
+            raise failure
+        if not self.leads:
+            yield
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world that torchrun started this process in, or a world of one.
+
+    With torchrun every process takes the GPU of its local rank, or the CPU where ``device`` says so or there is none.
+    """
+    cuda = torch.cuda.is_available() and device != "cpu"
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        name = ("cuda" if cuda else "cpu") if device == "auto" else device
+        yield World(0, 1, torch.device(name))
+        return
+    place = torch.device("cpu")
+    if cuda:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    began = not distributed.is_initialized()
+    if began:
+        distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield World(distributed.get_rank(), size, place)
+    finally:
+        if began:
+            distributed.destroy_process_group()

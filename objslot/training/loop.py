@@ -1,0 +1,268 @@
+"""The training loop.
+
+Everything random about a step is a function of the seed and of the step, so a run that was stopped, however
+suddenly, continues from its newest checkpoint exactly as if it had not been.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from objslot.data import Video, find_videos
+from objslot.data.augment import augment, normalise
+from objslot.data.clips import ClipDataset, PixelSource, load_clips
+from objslot.errors import UserError
+from objslot.models import SMTC
+from objslot.models.encoder import FrameFeatures
+from objslot.training.checkpoint import load_checkpoint, save_checkpoint
+from objslot.training.config import TrainingConfig
+from objslot.training.distributed import World, join
+from objslot.training.features import FeatureStore, FrozenEncoder
+from objslot.training.folder import METRICS, MetricsFile, RunFolder
+from objslot.training.guards import Interruption, UnusableVideos, save_failed_batch
+from objslot.training.reporting import Reporter
+
+
+def train(
+    config: TrainingConfig, data: str | Path | Sequence[Video], out: str | Path, *, resume: bool = False
+) -> Path:
+    """Train a model on the videos under ``data`` and return ``out``, which `SMTC.load` reads.
+
+    ``data`` is a path (see `find_videos`) or videos with different names. ``out`` gets config.json, metrics.jsonl (a
+    line a step), checkpoints/ and model.safetensors, the newest checkpoint's. With ``resume`` the run in ``out`` goes
+    on from its newest checkpoint; where there is none it begins. Started by torchrun, every process takes its share
+    of each batch.
+
+    On Ctrl-C and on SIGTERM the step is finished and saved, then `KeyboardInterrupt` or `SystemExit` (143) raised.
+    Raises `UserError` for videos, weights or an output folder that will not do, and for losses that stay not finite.
+    """
+    with join(config.device) as world:
+        folder = None
+        with world.leader_first():
+            if world.leads:
+                folder = RunFolder(out, config, resume=resume)
+        with folder or nullcontext():
+            return _run(config, data, Path(out).expanduser(), folder, world)
+
+
+def _run(
+    config: TrainingConfig, data: str | Path | Sequence[Video], out: Path, folder: RunFolder | None, world: World
+) -> Path:
+    share = world.share(config.batch_size, config.accumulate)
+    unusable: list[UserError] = []
+    found = find_videos(data, check=False, unusable=unusable) if isinstance(data, str | Path) else list(data)
+    where = str(Path(data).expanduser().resolve()) if isinstance(data, str | Path) else "videos"
+
+    # The leader reads what the folder holds; the others are told.
+    videos, newest = world.gather((folder.order_videos(found), folder.newest) if folder else None)[0]
+    model = _build_model(config, out, resumed=newest is not None).to(world.device)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(config.lr, config.weight_decay, config.encoder_lr_scale), fused=True
+    )
+    start, nonfinite = 0, 0
+    if newest is not None:
+        state = load_checkpoint(newest, model, optimizer)
+        start, nonfinite = state["step"], state["nonfinite"]
+    if folder:
+        folder.start(where, [video.name for video in found])
+        folder.keep_metrics(start)
+
+    reporter = Reporter(
+        config.steps,
+        start,
+        log_every=config.log_every,
+        tensorboard=out / "tensorboard" if config.tensorboard else None,
+        silent=not world.leads,
+    )
+    tally = UnusableVideos(len(videos) + len(unusable), config.max_unreadable, reporter.say)
+    for error in unusable:
+        tally.note(str(error), error)
+    reporter.say(_summary(config, model, videos, start, world))
+    if start == config.steps:
+        return out
+
+    views = _Views(config, model, videos, out, world, reporter)
+    dataset = ClipDataset(videos, views.source, frames=config.frames, stride=config.stride, seed=config.seed)
+    batches = _sample_numbers(config, start, world, share)
+    clips = load_clips(dataset, batches, workers=_workers(config), pin_memory=world.device.type == "cuda")
+    metrics = MetricsFile(out / METRICS) if folder else None
+    generator = torch.Generator()
+
+    def save(step: int) -> None:
+        if folder:
+            metrics.sync()
+            save_checkpoint(
+                folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep
+            )
+            folder.save_model(model)
+
+    if newest is None:
+        # Proves, before any work is done, that a checkpoint fits the disk.
+        save(0)
+    if config.model.train_encoder:
+        model.set_encoder_training(start >= config.unfreeze_at)
+    step_model = _wrap(model, config, world)
+
+    with Interruption() as interruption, closing(clips), reporter:
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            if config.model.train_encoder and step == config.unfreeze_at:
+                model.set_encoder_training(True)
+                step_model = _wrap(model, config, world)
+            torch.manual_seed(_number(config.seed, step, world.rank))
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * config.learning_rate_factor(step)
+
+            total: dict[str, float] = {}
+            for part in range(config.accumulate):
+                batch = next(clips)
+                for index, error in batch.pop("failures"):
+                    tally.note(index, error)
+                student, teacher = views(batch)
+                generator.manual_seed(_number(config.seed, step, world.rank * config.accumulate + part))
+                last = part == config.accumulate - 1
+                with step_model.no_sync() if world.size > 1 and not last else nullcontext():
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                        terms = step_model(student, teacher, generator)
+                    (terms["loss"] / config.accumulate).backward()
+                for name, value in terms.items():
+                    total[name] = total.get(name, 0.0) + value.item() / config.accumulate
+            total["grad_norm"] = _gradient_norm(model).item()
+            total = dict(zip(total, world.mean(list(total.values())), strict=True))
+
+            failed, interrupted = world.any(
+                not all(map(math.isfinite, total.values())), interruption.signal is not None
+            )
+            if not failed:
+                optimizer.step()
+                model.update_teacher()
+            optimizer.zero_grad(set_to_none=True)
+            nonfinite = nonfinite + 1 if failed else 0
+
+            record: dict[str, Any] = {"step": step, "skipped": failed}
+            record |= {name: value if math.isfinite(value) else None for name, value in total.items()}
+            record |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - began, 6)}
+            if metrics:
+                metrics.write(record)
+            reporter.step(record, config.batch_size * config.frames)
+
+            if nonfinite == config.max_nonfinite:
+                kept = f"; its batch is in {save_failed_batch(out, step, batch, record)}" if folder else ""
+                raise UserError(f"the loss or its gradient was not finite {nonfinite} steps in a row, to step {step}{kept}")
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps or interrupted:
+                save(done)
+            if interrupted and done < config.steps:
+                reporter.say(f"stopped after step {done}; resume it to go on")
+                interruption.leave()
+        if len(tally):
+            reporter.say(f"{len(tally)} of {tally.total} videos could not be used")
+    return out
+
+
+class _Views:
+    """Turns a batch of clips into what the student and the teacher see: frames to encode, or features."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: SMTC,
+        videos: Sequence[Video | UserError],
+        out: Path,
+        world: World,
+        reporter: Reporter,
+    ):
+        self.device = world.device
+        self.encode = None
+        self.source: PixelSource | FeatureStore = PixelSource(model.frame_size)
+        if not config.model.train_encoder:
+            self.encode = FrozenEncoder(model.encoder, config.precision, config.compile)
+        if config.cache_features:
+            cache = config.cache_dir or out / "features"
+            self.source = FeatureStore(cache, model.encoder, model.frame_size, config.precision)
+            present = [video for video in videos if not isinstance(video, UserError)]
+            self.source.build(
+                present,
+                self.encode,
+                world,
+                limit=config.cache_limit,
+                progress=lambda done, total: reporter.say(f"stored the features of {done}/{total} frames"),
+            )
+
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor | FrameFeatures, Tensor | FrameFeatures]:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        if isinstance(self.source, FeatureStore):
+            features = self.source.features(batch)
+            return features, features
+        frames = batch["frames"].float() / 255
+        views = tuple(normalise(augment(frames, batch[view])) for view in ("student", "teacher"))
+        return tuple(map(self.encode, views)) if self.encode else views
+
+
+def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:
+    if resumed:
+        # The encoder as it was written down at the start: its file or the hub may have changed since.
+        return SMTC.load(out)
+    torch.manual_seed(config.seed)
+    return SMTC(config.model)
+
+
+def _wrap(model: SMTC, config: TrainingConfig, world: World) -> nn.Module:
+    module = torch.compile(model) if config.compile else model
+    if world.size == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        # The last block of an encoder ends behind its keys.
+        find_unused_parameters=config.model.train_encoder,
+    )
+
+
+def _sample_numbers(config: TrainingConfig, start: int, world: World, share: int) -> Iterator[list[int]]:
+    """This process's clips, part by part: each clip of each step belongs to one part of one process."""
+    for step in range(start, config.steps):
+        first = step * config.batch_size + world.rank * config.accumulate * share
+        for part in range(config.accumulate):
+            yield list(range(first + part * share, first + (part + 1) * share))
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def _number(*key: int) -> int:
+    """A seed of its own for every key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _workers(config: TrainingConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def _summary(
+    config: TrainingConfig, model: SMTC, videos: Sequence[Video | UserError], start: int, world: World
+) -> str:
+    height, width = model.frame_size
+    went_on = f", from step {start}" if start else ""
+    encoder = "trained" if config.model.train_encoder else "frozen"
+    return (
+        f"{config.steps} steps{went_on}: {config.batch_size} clips of {config.frames} frames, {height} x {width} pixels, "
+        f"from {len(videos)} videos; {config.model.encoder} ({encoder}), {config.model.slots} x "
+        f"{config.model.instances} slots, {config.precision}, {world.size} x {world.device.type}"
+    )
