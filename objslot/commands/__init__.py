@@ -3,5 +3,6 @@
 from objslot.commands.discover import Discover
 from objslot.commands.evaluate import Evaluate
 from objslot.commands.info import Info
+from objslot.commands.train import Train
 
-COMMANDS = {"discover": Discover, "evaluate": Evaluate, "info": Info}
+COMMANDS = {"train": Train, "discover": Discover, "evaluate": Evaluate, "info": Info}

@@ -15,11 +15,17 @@ import tyro
 from objslot.errors import UserError
 
 
+def option(help_text: str, metavar: str | None = None, default: object = None):
+    """How a flag is shown by --help: its text, the name of its value, and the default where one is worth showing."""
+    hint = "" if default is None else f"(default: {default})"
+    return tyro.conf.arg(help=help_text, metavar=metavar, help_behavior_hint=hint)
+
+
 @dataclasses.dataclass
 class Command:
     """A subcommand: its fields are its flags."""
 
-    debug: Annotated[bool, tyro.conf.arg(help="Show a traceback when something goes wrong.")] = False
+    debug: Annotated[bool, option("Show a traceback when something goes wrong.")] = False
 
     def run(self) -> int | None:
         """Does the work; a number is the exit code."""
@@ -52,7 +58,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(title: str, unit: str = "frames", every: float = 10.0) -> Iterator:
+def progress(title: str, unit: str = "frames", every: float = 30.0) -> Iterator:
     """Gives a function to call with (done, total): a bar on a terminal, a line every few seconds in a log.
 
     Args:

@@ -8,22 +8,24 @@ from typing import Annotated
 
 import tyro
 
-from objslot.commands._common import Command, load_model, progress, say
+from objslot.commands._common import Command, load_model, option, progress, say
 from objslot.errors import UserError
+
+ATTENTION_FRAMES = 16
 
 
 @dataclasses.dataclass(kw_only=True)
 class Discover(Command):
     """Find the objects in videos with a trained model; write masks, an overlay video and a page to look at."""
 
-    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(
-        metavar="VIDEO", help="Video files, folders of frames, or folders that hold them.")]
-    model: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Folder that `objslot train` wrote.")]
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Where to write; one folder a video.")]
-    instances: Annotated[int | None, tyro.conf.arg(
-        metavar="P", help="Instances of one semantics; as in training by default.")] = None
-    iterations: Annotated[int | None, tyro.conf.arg(
-        metavar="I", help="Slot attention iterations; as in training by default.")] = None
+    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], option(
+        "Video files, folders of frames, or folders that hold them.", "VIDEO")]
+    model: Annotated[Path, option("Folder that `objslot train` wrote.", "DIR")]
+    out: Annotated[Path, option("Where to write; one folder a video.", "DIR")]
+    instances: Annotated[int | None, option(
+        "Instances of each semantics; any number.", "P", "as in training")] = None
+    iterations: Annotated[int | None, option(
+        "Slot attention iterations.", "I", "as in training")] = None
 
     def run(self) -> None:
         for name in ("instances", "iterations"):
@@ -33,19 +35,30 @@ class Discover(Command):
         if not self.videos:
             raise UserError("name at least one VIDEO: a video file or a folder of frames")
         from objslot.data import find_videos
-        from objslot.inference.writer import output_folders, write_segmentation
+        from objslot.inference.writer import output_folders
 
         videos = [video for path in self.videos for video in find_videos(path)]
         folders = output_folders(self.out, [video.name for video in videos])
         model = load_model(self.model)
-        from objslot.inference import segment_video
-
         settings = {"model": str(self.model), "instances": self.instances, "iterations": self.iterations}
         for video, folder in zip(videos, folders, strict=True):
-            with progress(f"{video.name}: finding objects") as update:
-                found = segment_video(
-                    model, video, instances=self.instances, iterations=self.iterations, progress=update
-                )
-            with progress(f"{video.name}: writing") as update:
-                write_segmentation(video, found, folder, settings=settings, progress=update)
-            say(f"{video.name}: {len(found.track_ids)} objects, {len(found.foreground)} foreground -> {folder}")
+            self._write_one(model, video, folder, settings)
+
+    def _write_one(self, model, video, folder: Path, settings: dict) -> None:
+        from objslot.inference.display import display_maps
+        from objslot.inference.segment import model_regions, to_segmentation
+        from objslot.inference.writer import write_segmentation
+        from objslot.viz.report import MAX_FRAMES, spread
+
+        with progress(f"{video.name}: finding objects") as update:
+            regions = model_regions(
+                model, video, instances=self.instances, iterations=self.iterations, progress=update
+            )
+        found = to_segmentation(regions, video)
+        shown = spread(video.n_frames, MAX_FRAMES)
+        attended = [shown[k] for k in spread(len(shown), ATTENTION_FRAMES)]
+        maps = display_maps(model, video, regions, attended, iterations=self.iterations)
+        with progress(f"{video.name}: writing") as update:
+            write_segmentation(video, found, folder, maps=maps, settings=settings, progress=update)
+        foreground = set(found.foreground).intersection(found.track_ids)
+        say(f"{video.name}: {len(found.track_ids)} objects, {len(foreground)} foreground -> {folder}")

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
-from objslot.commands._common import Command, load_model, progress, say
+from objslot.commands._common import Command, load_model, option, progress, say
 from objslot.errors import UserError
 
 
@@ -18,20 +16,19 @@ from objslot.errors import UserError
 class Evaluate(Command):
     """Judge a model, or the masks of any method, on annotated videos: J and F under named protocols."""
 
-    dataset: Annotated[Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"], tyro.conf.arg(
-        help="Layout of the annotated videos; folder: one folder of frames and one of masks a sequence.")]
-    root: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Where the data set is.")]
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="Where to write results.json, tables and pictures.")]
-    model: Annotated[Path | None, tyro.conf.arg(
-        metavar="DIR", help="Folder that `objslot train` wrote.")] = None
-    predictions: Annotated[Path | None, tyro.conf.arg(
-        metavar="DIR", help="Folder with one folder of indexed PNG masks a sequence, instead of a model.")] = None
-    sequences: Annotated[str | None, tyro.conf.arg(
-        metavar="A,B|FILE", help="Names of sequences, or a file with one name a line; all by default.")] = None
-    protocols: Annotated[str, tyro.conf.arg(
-        metavar="A,B,C", help="A label-free, B official, C oracle, semi-supervised.")] = "A,B,C"
-    baselines: Annotated[bool, tyro.conf.arg(
-        help="Also judge clusters of colour and position (null) and, with a model, its bare encoder (frozen).")] = False
+    dataset: Annotated[Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"], option(
+        "Layout of the annotated videos; folder: one folder of frames and one of masks a sequence.")]
+    root: Annotated[Path, option("Where the data set is.", "DIR")]
+    out: Annotated[Path, option("Where to write results.json, tables and pictures.", "DIR")]
+    model: Annotated[Path | None, option("Folder that `objslot train` wrote.", "DIR")] = None
+    predictions: Annotated[Path | None, option(
+        "Instead of a model: a folder with one folder of indexed PNG masks a sequence.", "DIR")] = None
+    sequences: Annotated[str | None, option(
+        "Names of sequences, or a file with one name a line.", "A,B|FILE", "all")] = None
+    protocols: Annotated[str, option(
+        "A label-free, B official, C oracle, semi-supervised.", "A,B,C", "A,B,C")] = "A,B,C"
+    baselines: Annotated[bool, option(
+        "Also judge clusters of colour and position (null) and, with a model, its bare encoder (frozen).")] = False
 
     def run(self) -> None:
         if (self.model is None) == (self.predictions is None):
@@ -94,14 +91,17 @@ class Evaluate(Command):
             from objslot.inference import segment_video
 
             def segment(sequence):
-                return segment_video(model, sequence.video)
+                return segment_video(model, sequence.video, merge_foreground=sequence.merge_objects)
 
         if self.baselines:
             from objslot.inference.baselines import colour_null, frozen_backbone
 
-            baselines["null"] = lambda sequence: colour_null(sequence.video)
+            baselines["null"] = lambda sequence: colour_null(sequence.video, merge_foreground=sequence.merge_objects)
             if self.model is not None:
-                baselines["frozen"] = lambda sequence: frozen_backbone(model.encoder, sequence.video)
+                baselines["frozen"] = lambda sequence: frozen_backbone(
+                    model.encoder, sequence.video, resolution=min(model.frame_size),
+                    merge_foreground=sequence.merge_objects,
+                )
         return segment, baselines
 
 

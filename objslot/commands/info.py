@@ -6,17 +6,15 @@ import dataclasses
 import json
 from typing import Annotated
 
-import tyro
-
-from objslot.commands._common import Command, say
+from objslot.commands._common import Command, option, say
 
 
 @dataclasses.dataclass
 class Info(Command):
     """Show versions, devices and the backend that serves each op, and why."""
 
-    check: Annotated[bool, tyro.conf.arg(help="Compare every backend with the reference on this machine.")] = False
-    json: Annotated[bool, tyro.conf.arg(help="Print JSON.")] = False
+    check: Annotated[bool, option("Compare every backend with the reference on this machine.")] = False
+    json: Annotated[bool, option("Print JSON.")] = False
 
     def run(self) -> int:
         from objslot.info import as_text, collect

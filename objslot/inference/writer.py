@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +22,12 @@ from scipy import ndimage
 from objslot.data.segmentation import VideoSegmentation
 from objslot.data.video import Video
 from objslot.errors import UserError
+from objslot.inference.display import DisplayMaps
 from objslot.viz import VideoWriter, contact_sheet, overlay, write_indexed_png
 from objslot.viz.folders import fresh_folder, refuse_existing, safe_name
-from objslot.viz.report import VideoReport
+from objslot.viz.report import VideoReport, spread
 
 _SHEET_ROWS = 6
-
-
-@dataclass(frozen=True)
-class DisplayMaps:
-    """What a page shows beside the tracks; each part may be missing.
-
-    Attributes:
-        semantic: uint8 (T, h, w), the strongest semantics of a position, counted from 1.
-        instance: uint8 (T, h, w), the strongest instance of a position, counted from 1 over all semantics.
-        attention: uint8 (T, I, N, h, w), the attention of each slot after each iteration, 255 = its maximum.
-
-    (h, w) is any size; maps are scaled to the frame without interpolation.
-    """
-
-    semantic: np.ndarray | None = None
-    instance: np.ndarray | None = None
-    attention: np.ndarray | None = None
 
 
 def output_folders(out: str | Path, names: Iterable[str]) -> list[Path]:
@@ -103,13 +86,15 @@ def write_segmentation(
 
 def _write(folder, video, segmentation, maps, settings, progress) -> None:
     n_frames = len(segmentation.tracks)
-    shown = set(np.linspace(0, n_frames - 1, min(_SHEET_ROWS, n_frames)).round().astype(int).tolist())
+    shown = set(spread(n_frames, _SHEET_ROWS))
     height, width = video.size
     report = VideoReport(segmentation.name, n_frames, (height, width), video.fps)
     rows, titles, stats = [], [], _Tracks()
     (folder / "masks").mkdir()
     if segmentation.partition is not None:
         (folder / "slots").mkdir()
+    # People look at the objects; the other proposals stay in masks/ and can be switched on in the page.
+    drawn = segmentation.foreground or None
     done = 0
     with VideoWriter(folder / "overlay.mp4", video.fps) as writer:
         for t, frame in enumerate(video.frames()):
@@ -123,12 +108,11 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
             if segmentation.partition is not None:
                 layers["slots"] = np.asarray(segmentation.partition[t])
                 write_indexed_png(folder / "slots" / f"{t:05d}.png", _fitted(layers["slots"], frame.shape[:2]))
-            for name in ("semantic", "instance"):
-                if getattr(maps, name) is not None:
-                    layers[name] = getattr(maps, name)[t]
-            picture = overlay(frame, tracks)
+            picture = overlay(frame, tracks, only=drawn)
             writer.write(picture)
-            report.add(t, frame, layers, None if maps.attention is None else maps.attention[t])
+            if maps.semantic is not None and (t in report.shown or t in shown):
+                layers["semantic"] = maps.semantic(t)
+            report.add(t, frame, layers, maps.attention.get(t))
             if t in shown:
                 rows.append(_sheet_row(frame, picture, layers))
                 titles.append(f"{t / video.fps:.1f} s")
@@ -138,8 +122,9 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
     if done != n_frames:
         raise UserError(f"{video.name} has {done} readable frames, but {n_frames} were segmented")
     objects = stats.summary(segmentation.scores, segmentation.foreground)
-    third = ["semantic map"] if "semantic" in layers else ["slots"] if "slots" in layers else []
-    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {len(segmentation.foreground)} foreground"
+    third = ["semantic map"] if maps.semantic is not None else ["slots"] if "slots" in layers else []
+    foreground = sum(track["foreground"] for track in objects)
+    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {foreground} foreground"
     contact_sheet(
         rows, columns=["image", "objects", *third], row_titles=titles, title=segmentation.name, subtitle=subtitle
     ).save(folder / "sheet.png")

@@ -16,11 +16,9 @@ from objslot.viz.palette import overlay_colors
 
 MAX_FRAMES = 200
 MAX_SIDE = 512
-MAX_ATTENTION_FRAMES = 24
 
 LAYER_TITLES = {
-    "objects": "Objects", "truth": "Ground truth", "semantic": "Semantic map", "instance": "Instance map",
-    "slots": "All slots",
+    "objects": "Objects", "truth": "Ground truth", "semantic": "Semantic map", "slots": "Instance map",
 }
 
 
@@ -63,11 +61,13 @@ class VideoReport:
         n_frames: frames in the video.
         size: (H, W) in pixels.
         fps: frames per second.
+
+    Attributes:
+        shown: the numbers of the frames that go into the page.
     """
 
     def __init__(self, name: str, n_frames: int, size: tuple[int, int], fps: float):
-        self._shown = set(_spread(n_frames, MAX_FRAMES))
-        self._attended = set(_spread(n_frames, MAX_ATTENTION_FRAMES))
+        self.shown = frozenset(spread(n_frames, MAX_FRAMES))
         scale = min(1.0, MAX_SIDE / max(size))
         self._size = tuple(max(1, round(side * scale)) for side in size)
         self._areas: list[np.ndarray] = []
@@ -82,14 +82,14 @@ class VideoReport:
         Args:
             t: number of the frame; frames come in order.
             frame: uint8 (H, W, 3).
-            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `instance`, `slots`. Every
-                frame brings the same layers.
-            attention: uint8 (I, N, h, w), see `DisplayMaps`.
+            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `slots`; the same ones for
+                every frame.
+            attention: uint8 (I, N, h, w), of N slots after each of I iterations.
         """
-        if t in self._attended and attention is not None:
-            self._add_attention(t, np.asarray(attention))
-        if t not in self._shown:
+        if t not in self.shown:
             return
+        if attention is not None:
+            self._add_attention(t, np.asarray(attention))
         self._page["frames"].append(t)
         self._page["pictures"].append(jpeg_uri(frame))
         for name, index in layers.items():
@@ -161,7 +161,8 @@ def write_page(path: str | Path, template: str, data: dict) -> None:
     Path(path).write_text(text.replace("__DATA__", code), encoding="utf-8")
 
 
-def _spread(n: int, most: int) -> list[int]:
+def spread(n: int, most: int) -> list[int]:
+    """At most `most` numbers from 0 to n - 1, evenly spread, ascending, both ends among them."""
     return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from objslot.data.segmentation import VideoSegmentation
 from objslot.errors import UserError
-from objslot.inference.writer import DisplayMaps, output_folders, write_segmentation
+from objslot.inference.display import DisplayMaps
+from objslot.inference.writer import output_folders, write_segmentation
 from objslot.viz.folders import safe_name
 
 
@@ -67,10 +68,7 @@ def test_objects_json_describes_the_tracks(tmp_path):
 
 def test_maps_of_the_token_grid_are_shown_on_the_sheet(tmp_path):
     clip = Clip()
-    maps = DisplayMaps(
-        semantic=np.full((5, 3, 4), 2, np.uint8), instance=np.full((5, 3, 4), 9, np.uint8),
-        attention=np.zeros((5, 3, 2, 3, 4), np.uint8),
-    )
+    maps = DisplayMaps(lambda t: np.full((3, 4), t + 1, np.uint8), {2: np.zeros((3, 2, 3, 4), np.uint8)})
     with_maps = write_segmentation(clip, clip.segmentation(), tmp_path / "a", maps=maps)
     without = write_segmentation(clip, clip.segmentation(), tmp_path / "b")
     assert Image.open(with_maps / "sheet.png").width > Image.open(without / "sheet.png").width

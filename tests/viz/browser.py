@@ -11,8 +11,15 @@ import urllib.request
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 
 
@@ -32,12 +39,19 @@ class Browser:
         actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         _ask(f"{self._root}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
+    def settle(self):
+        """Waits until the page is there and every picture of it is decoded and drawn."""
+        script = """const done = arguments[arguments.length - 1];
+            const decoded = typeof images === "undefined" ? [] : images.map(image => image.decode());
+            Promise.all(decoded).then(() => requestAnimationFrame(() => setTimeout(done, 0)))"""
+        _ask(f"{self._root}/execute/async", {"script": script, "args": []})
+
     def click(self, selector):
         self.run("document.querySelector(arguments[0]).click()", selector)
 
     def errors(self):
         entries = _ask(f"{self._root}/se/log", {"type": "browser"})
-        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def screenshot(self):
         return _ask(f"{self._root}/screenshot")
@@ -49,14 +63,20 @@ def browser(profile, width=1200, height=900, dark=False):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     address, session = f"http://127.0.0.1:{port}", None
     try:
         _wait(address)
         flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]
         flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
         options = {"binary": CHROMIUM, "args": flags}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         session = _ask(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
         yield Browser(address, session)
     finally:
