@@ -114,7 +114,21 @@ class Encoder(nn.Module):
         """Let the encoder learn, or freeze it: eval mode, no gradient."""
         self.trains = train
         self.model.requires_grad_(train)
+        if train:
+            self._freeze_unused()
         self.train(self.training)
+
+    def _freeze_unused(self):
+        """Let only that learn which the keys depend on: distributed training waits for every gradient."""
+        size = self._fixed_size() or (self.patch_size, self.patch_size)
+        parameters = list(self.model.parameters())
+        self.model.eval()
+        with torch.enable_grad():
+            keys = self(parameters[0].new_zeros(1, 1, 3, *size)).keys
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(keys.sum(), parameters, allow_unused=True), strict=True
+        ):
+            parameter.requires_grad_(gradient is not None)
 
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(mode and self.trains)
@@ -136,17 +150,18 @@ class Encoder(nn.Module):
                 f"frame size: got {height} x {width} pixels, expected multiples of {self.patch_size} "
                 f"for encoder {self.name}"
             )
-        fixed = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        if (
-            fixed is not None
-            and not getattr(self.model, "dynamic_img_size", False)
-            and tuple(fixed) != tuple(size)
-        ):
+        fixed = self._fixed_size()
+        if fixed is not None and fixed != (height, width):
             raise UserError(
                 f"frame size: got {height} x {width} pixels, expected {fixed[0]} x {fixed[1]}, the only size "
                 f"of encoder {self.name} (a VisionTransformer takes any with dynamic_img_size=True)"
             )
         return height // self.patch_size, width // self.patch_size
+
+    def _fixed_size(self) -> tuple[int, int] | None:
+        """The only frame size that the model takes, or None when it takes any."""
+        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        return None if size is None or getattr(self.model, "dynamic_img_size", False) else tuple(size)
 
     def forward(self, frames: Tensor) -> FrameFeatures:
         """Features of frames (B, T, 3, H, W), floating point, normalised with ImageNet's mean and deviation.
