@@ -1,0 +1,126 @@
+"""What a trained model must beat: clusters of colour, and clusters of the backbone it started from.
+
+Both go through the same selection and the same protocols as the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+from torch.nn import functional as F
+
+from objslot.data import Video
+from objslot.data.segmentation import VideoSegmentation
+from objslot.inference.regions import Progress, StatisticsSum, VideoRegions, encode_video
+from objslot.inference.segment import to_segmentation
+from objslot.models.encoder import Encoder
+
+COLOUR_CLUSTERS = 16
+BACKBONE_CLUSTERS = 8
+_COLOUR_GRID_SIDE = 60
+"""Shorter side of the frames whose colours are clustered, in pixels."""
+_SAMPLE = 40_000
+"""Positions that k-means is fitted to; all are assigned."""
+
+
+def colour_null(
+    video: Video, *, clusters: int = COLOUR_CLUSTERS, seed: int = 0, merge_foreground: bool = False
+) -> VideoSegmentation:
+    """The null model: k-means on colour and position over the whole video, no network at all.
+
+    A position is its RGB colour and its row and column, each scaled to unit variance; only colour tells what is
+    salient, since objects tend to stand in the middle and would be the least distinct by place.
+
+    Args:
+        video: the frames, read once.
+        clusters: number of clusters in the video.
+        seed: of the k-means start.
+        merge_foreground: as in `segment_video`.
+
+    Raises:
+        UserError: a video that cannot be read.
+    """
+    height, width = video.size
+    scale = _COLOUR_GRID_SIDE / min(height, width)
+    grid = (max(round(height * scale), 1), max(round(width * scale), 1))
+    frames = torch.stack([_shrink(frame, grid) for frame in video.frames()])
+    rows, columns = torch.meshgrid(
+        torch.linspace(0, 1, grid[0]), torch.linspace(0, 1, grid[1]), indexing="ij"
+    )
+    place = torch.stack([rows, columns], -1).reshape(1, -1, 2).expand(len(frames), -1, -1)
+    features = torch.cat([frames.flatten(1, 2), place], -1)
+    features = (features - features.mean((0, 1))) / features.std((0, 1)).clamp(min=1e-6)
+    regions = _clustered(features, features[..., :3], None, grid, clusters, seed)
+    return to_segmentation(regions, video, merge_foreground=merge_foreground)
+
+
+@torch.no_grad()
+def frozen_backbone(
+    encoder: Encoder,
+    video: Video,
+    *,
+    resolution: int,
+    clusters: int = BACKBONE_CLUSTERS,
+    seed: int = 0,
+    merge_foreground: bool = False,
+    progress: Progress | None = None,
+) -> VideoSegmentation:
+    """The untrained start: k-means on the encoder's unit-length keys over the whole video.
+
+    Args:
+        encoder: the model's encoder, or one built by itself.
+        video: the frames, read once.
+        resolution: shorter side of the frames in pixels.
+        clusters: number of clusters in the video.
+        seed: of the k-means start.
+        merge_foreground: as in `segment_video`.
+        progress: called with (frames done, frames in all).
+
+    Raises:
+        UserError: a video that cannot be read, or a resolution under one patch.
+    """
+    keys, attention, grid = [], [], (1, 1)
+    for features in encode_video(encoder, video, short_side=resolution, progress=progress):
+        keys.append(F.normalize(features.keys[0].float(), dim=-1).half().cpu())
+        if features.cls_attention is not None:
+            attention.append(features.cls_attention[0].float().cpu())
+        grid = features.grid
+    keys, attention = torch.cat(keys), torch.cat(attention) if attention else None
+    regions = _clustered(keys, keys, attention, grid, clusters, seed)
+    return to_segmentation(regions, video, merge_foreground=merge_foreground)
+
+
+def _clustered(
+    features: Tensor,
+    described: Tensor,
+    attention: Tensor | None,
+    grid: tuple[int, int],
+    clusters: int,
+    seed: int,
+) -> VideoRegions:
+    """K-means of features (T, HW, D) as soft regions.
+
+    `described` (T, HW, C) and `attention` (T, HW) only serve the selection.
+    """
+    flat = features.flatten(0, 1)
+    generator = np.random.default_rng(seed)
+    sample = flat[torch.from_numpy(generator.permutation(len(flat))[:_SAMPLE])].float()
+    clusters = min(clusters, len(sample))
+    centres, _ = kmeans2(sample.numpy(), clusters, iter=30, minit="++", seed=generator)
+    centres = torch.from_numpy(centres)
+    spread = torch.cdist(sample, centres).min(dim=1).values.square().mean().clamp(min=1e-12)
+    statistics, masks = StatisticsSum(), []
+    for t, frame in enumerate(features):
+        distance = torch.cdist(frame.float(), centres).square() / spread
+        mask = (-distance).softmax(-1).T.unflatten(-1, grid)[None]
+        statistics.add(mask, described[t : t + 1].float(), None if attention is None else attention[t : t + 1])
+        masks.append(mask.half())
+    return VideoRegions(torch.cat(masks), statistics.result(), torch.arange(clusters))
+
+
+def _shrink(frame: Tensor, grid: tuple[int, int]) -> Tensor:
+    """uint8 (H, W, 3) -> float (h, w, 3) in [0, 1]."""
+    small = F.interpolate(frame.permute(2, 0, 1)[None].float(), grid, mode="area")
+    return small[0].permute(1, 2, 0) / 255
