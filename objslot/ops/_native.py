@@ -33,3 +33,10 @@ def load() -> ModuleType | None:
             stacklevel=2,
         )
     return module
+
+
+def why_not_cpu(*, device, **facts) -> str | None:
+    """The row of a table of backends for kernels that take every CPU tensor."""
+    if device.type != "cpu":
+        return f"needs a CPU tensor, got one on {device.type}"
+    return None if load() is not None else why_missing()

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _backends
-from objslot.ops.assign import reference
+from objslot.ops import _backends, _native
+from objslot.ops.assign import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
 _lib.define("assign(Tensor scores, str? backend) -> Tensor")
 
 _backends.register("assign", "reference", lambda **facts: None)
+_backends.register("assign", "cpu", _native.why_not_cpu)
 
 
 def facts(scores: Tensor) -> dict:
@@ -18,7 +19,8 @@ def facts(scores: Tensor) -> dict:
 
 
 def _assign(scores, backend):
-    _backends.select("assign", backend, **facts(scores))
+    if _backends.select("assign", backend, **facts(scores)) == "cpu":
+        return native.assign(scores)
     return reference.assign(scores).contiguous()
 
 

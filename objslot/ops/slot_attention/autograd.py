@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends
+from objslot.ops import _autocast, _backends, _native
 from objslot.ops._second_order import register_second_order
-from objslot.ops.slot_attention import reference
+from objslot.ops.slot_attention import native, reference
 from objslot.ops.slot_softmax.reference import arithmetic
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
@@ -22,6 +22,7 @@ _lib.define(
 )
 
 _backends.register("slot_attention", "reference", lambda **facts: None)
+_backends.register("slot_attention", "cpu", _native.why_not_cpu)
 
 
 def facts(q: Tensor, k: Tensor, v: Tensor | None) -> dict:
@@ -38,7 +39,8 @@ def facts(q: Tensor, k: Tensor, v: Tensor | None) -> dict:
 
 
 def _forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
-    _backends.select("slot_attention", backend, **facts(q, k, v))
+    if _backends.select("slot_attention", backend, **facts(q, k, v)) == "cpu":
+        return native.forward(q, k, v, mask, bias, scale, eps, return_logits)
     with _autocast.disabled(q.device):
         updates, logits, mass = reference.slot_attention(q, k, v, mask, bias, scale, eps)
     logits = logits.to(q.dtype).contiguous() if return_logits else q.new_empty(0)
@@ -46,7 +48,8 @@ def _forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
 
 
 def _backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, backend):
-    _backends.select("slot_attention", backend, **facts(q, k, v))
+    if _backends.select("slot_attention", backend, **facts(q, k, v)) == "cpu":
+        return native.backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs)
     with _autocast.disabled(q.device):
         grads = reference.slot_attention_backward(
             grad_updates, grad_logits, q, k, v, mask, bias, scale, eps

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends
+from objslot.ops import _autocast, _backends, _native
 from objslot.ops._second_order import register_second_order
-from objslot.ops.slot_softmax import reference
+from objslot.ops.slot_softmax import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
 _lib.define("slot_softmax(Tensor logits, Tensor? mask, float eps, str? backend) -> (Tensor weights, Tensor mass)")
@@ -15,6 +15,7 @@ _lib.define(
 )
 
 _backends.register("slot_softmax", "reference", lambda **facts: None)
+_backends.register("slot_softmax", "cpu", _native.why_not_cpu)
 
 
 def facts(logits: Tensor) -> dict:
@@ -30,14 +31,16 @@ def facts(logits: Tensor) -> dict:
 
 
 def _forward(logits, mask, eps, backend):
-    _backends.select("slot_softmax", backend, **facts(logits))
+    if _backends.select("slot_softmax", backend, **facts(logits)) == "cpu":
+        return native.forward(logits, mask, eps)
     with _autocast.disabled(logits.device):
         weights, mass = reference.slot_softmax(logits, mask, eps)
     return weights.contiguous(), mass.contiguous()
 
 
 def _backward(grad, logits, mask, mass, eps, needs_mask, backend):
-    _backends.select("slot_softmax", backend, **facts(logits))
+    if _backends.select("slot_softmax", backend, **facts(logits)) == "cpu":
+        return native.backward(grad, logits, mask, mass, eps, needs_mask)
     with _autocast.disabled(logits.device):
         grad_logits, grad_mask = reference.slot_softmax_backward(grad, logits, mask, eps, needs_mask)
     return grad_logits.contiguous(), logits.new_empty(0) if grad_mask is None else grad_mask.contiguous()
