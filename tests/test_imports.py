@@ -28,6 +28,7 @@ ALLOWED = {
     "demo": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},
     "commands": None,
     "cli": None,
+    "commands": None,
 }
 
 
