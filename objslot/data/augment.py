@@ -113,7 +113,7 @@ def _hue_rotation(turn: Tensor) -> Tensor:
     forth = torch.tensor(_YIQ, device=turn.device)
     cosine, sine = torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)
     zero, one = torch.zeros_like(turn), torch.ones_like(turn)
-    rows = [one, zero, zero, zero, cosine, -sine, zero, sine, cosine]
+    rows = [one, zero, zero, zero, cosine, sine, zero, -sine, cosine]
     return torch.linalg.inv(forth) @ torch.stack(rows, dim=-1).view(-1, 3, 3) @ forth
 
 
