@@ -54,6 +54,7 @@ _CHECKS = {
     "full_bptt": _FLAG,
     "eps": _POSITIVE,
     "sinkhorn_iterations": _COUNT,
+    "teacher_temperature": _POSITIVE,
     "marginal": _one_of("uniform", "caam", "attention"),
     "valid_similarity": (lambda value: _is_number(value) and -1 <= value <= 1, "a number from -1 to 1"),
     "valid_threshold": _SHARE,
@@ -108,6 +109,8 @@ class SMTCConfig:
     """Entropic regularisation of the transport plan."""
     sinkhorn_iterations: int = 3
     """Sinkhorn iterations of the transport plan."""
+    teacher_temperature: float = 1.0
+    """Temperature of the teacher's softmax over semantics in the alignment; below 1 masks sharpen sooner."""
     marginal: Literal["uniform", "caam", "attention"] = "uniform"
     """Mass of a position in the transport plan."""
     valid_similarity: float = 0.5

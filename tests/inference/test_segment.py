@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from objslot.errors import UserError
+from objslot.inference import colour_null, frozen_backbone, segment_video
+from objslot.inference.segment import strongest_region
+
+
+def test_strongest_region_is_the_argmax_after_upsampling():
+    torch.manual_seed(0)
+    masks = (5 * torch.randn(6, 4, 5)).softmax(0)
+    expected = F.interpolate(masks[None], (32, 40), mode="bilinear", align_corners=False)[0].argmax(0) + 1
+    agreement = (strongest_region(masks, (32, 40)) == expected).float().mean()
+    assert agreement > 0.98
+
+
+def test_segmentation_has_the_size_of_the_video_and_repeats(model, video):
+    seen = []
+    first = segment_video(model, video, seed=4, progress=lambda done, total: seen.append((done, total)))
+    again = segment_video(model, video, seed=4)
+    assert first.tracks.shape == (19, 40, 56)
+    assert first.partition.min() >= 1 and first.partition.max() <= 6
+    assert np.array_equal(first.tracks, again.tracks) and np.array_equal(first.partition, again.partition)
+    assert seen[-1] == (19, 19)
+    assert model.training
+
+
+def test_every_region_belongs_to_one_track(model, video):
+    found = segment_video(model, video)
+    for region in np.unique(found.partition):
+        assert len(np.unique(found.tracks[found.partition == region])) == 1
+
+
+def test_more_instances_than_in_training(model, video):
+    found = segment_video(model, video, instances=5, iterations=1)
+    assert found.partition.max() <= 15
+
+
+def test_the_colour_null_finds_a_coloured_square(video):
+    found = colour_null(video, clusters=4, merge_foreground=True)
+    truth = np.zeros((19, 40, 56), bool)
+    for t in range(19):
+        truth[t, 12:28, 4 + 2 * t : 20 + 2 * t] = True
+    foreground = np.isin(found.tracks, found.foreground)
+    assert (foreground & truth).sum() / (foreground | truth).sum() > 0.8
+
+
+def test_the_frozen_backbone_uses_the_encoder(model, video):
+    found = frozen_backbone(model.encoder, video, resolution=32, clusters=3)
+    assert found.partition.max() <= 3
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.normal_()
+    assert not np.array_equal(frozen_backbone(model.encoder, video, resolution=32, clusters=3).partition, found.partition)
+
+
+def test_more_clusters_than_positions(model, array_video):
+    video = array_video(torch.randint(0, 255, (1, 16, 16, 3), dtype=torch.uint8))
+    assert frozen_backbone(model.encoder, video, resolution=16, clusters=8).partition.max() <= 4
+
+
+def test_a_video_without_frames_is_refused(model, array_video):
+    with pytest.raises(UserError, match="made: no frame could be read"):
+        segment_video(model, array_video(torch.zeros(0, 16, 16, 3, dtype=torch.uint8)))
