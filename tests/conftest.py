@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # `python -m pytest` puts the checkout first on the path, where objslot has no compiled module: drop it, here
@@ -20,6 +21,10 @@ settings.register_profile(
 )
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000, derandomize=False)
 settings.load_profile("default")
+
+
+if find_spec("objslot") is None:
+    pytest.exit("objslot is not installed here: pip install '.[test]'", returncode=2)
 
 
 def pytest_addoption(parser):

@@ -28,7 +28,6 @@ ALLOWED = {
     "demo": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},
     "commands": None,
     "cli": None,
-    "commands": None,
 }
 
 
