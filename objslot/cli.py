@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `objslot`; those of the process if None.
 
     Returns:
-        0 when it succeeded, 1 when a check of `info` failed or on an unexpected error, 2 on bad input, 130 on Ctrl-C
-        and 143 on SIGTERM.
+        0 when it succeeded, 1 when a check of `info` failed or on an unexpected error, 2 on bad input, 130 on
+        Ctrl-C and 143 on SIGTERM.
     """
     command = _parse(sys.argv[1:] if arguments is None else arguments)
     previous = signal.signal(signal.SIGTERM, _terminate)

@@ -16,7 +16,7 @@ from objslot.errors import UserError
 
 
 def option(help_text: str, metavar: str | None = None, default: object = None):
-    """How a flag is shown by --help: its text, the name of its value, and the default where one is worth showing."""
+    """How a flag is shown by --help: its text, the name of its value, and a default worth showing."""
     hint = "" if default is None else f"(default: {default})"
     return tyro.conf.arg(help=help_text, metavar=metavar, help_behavior_hint=hint)
 
@@ -78,7 +78,11 @@ def progress(title: str, unit: str = "frames", every: float = 30.0) -> Iterator:
         state["done"] = done
         if now - state["last"] >= every:
             state["last"] = now
-            print(f"{title}: {done} of {total} {unit}, {done / (now - started):.1f} a second", file=sys.stderr, flush=True)
+            print(
+                f"{title}: {done} of {total} {unit}, {done / (now - started):.1f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield line
     seconds = time.monotonic() - started

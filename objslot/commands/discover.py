@@ -16,16 +16,18 @@ ATTENTION_FRAMES = 16
 
 @dataclasses.dataclass(kw_only=True)
 class Discover(Command):
-    """Find the objects in videos with a trained model; write masks, an overlay video and a page to look at."""
+    """Find the objects in videos with a trained model; write masks, a video and a page to look at."""
 
-    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], option(
-        "Video files, folders of frames, or folders that hold them.", "VIDEO")]
+    videos: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        option("Video files, folders of frames, or folders that hold them.", "VIDEO"),
+    ]
     model: Annotated[Path, option("Folder that `objslot train` wrote.", "DIR")]
     out: Annotated[Path, option("Where to write; one folder a video.", "DIR")]
-    instances: Annotated[int | None, option(
-        "Instances of each semantics; any number.", "P", "as in training")] = None
-    iterations: Annotated[int | None, option(
-        "Slot attention iterations.", "I", "as in training")] = None
+    instances: Annotated[
+        int | None, option("Instances of each semantics; any number.", "P", "as in training")
+    ] = None
+    iterations: Annotated[int | None, option("Slot attention iterations.", "I", "as in training")] = None
 
     def run(self) -> None:
         for name in ("instances", "iterations"):

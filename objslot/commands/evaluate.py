@@ -16,19 +16,29 @@ from objslot.errors import UserError
 class Evaluate(Command):
     """Judge a model, or the masks of any method, on annotated videos: J and F under named protocols."""
 
-    dataset: Annotated[Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"], option(
-        "Layout of the annotated videos; folder: one folder of frames and one of masks a sequence.")]
+    dataset: Annotated[
+        Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"],
+        option("Layout of the annotated videos; folder: one folder of frames and one of masks a sequence."),
+    ]
     root: Annotated[Path, option("Where the data set is.", "DIR")]
     out: Annotated[Path, option("Where to write results.json, tables and pictures.", "DIR")]
     model: Annotated[Path | None, option("Folder that `objslot train` wrote.", "DIR")] = None
-    predictions: Annotated[Path | None, option(
-        "Instead of a model: a folder with one folder of indexed PNG masks a sequence.", "DIR")] = None
-    sequences: Annotated[str | None, option(
-        "Names of sequences, or a file with one name a line.", "A,B|FILE", "all")] = None
-    protocols: Annotated[str, option(
-        "A label-free, B official, C oracle, semi-supervised.", "A,B,C", "A,B,C")] = "A,B,C"
-    baselines: Annotated[bool, option(
-        "Also judge clusters of colour and position (null) and, with a model, its bare encoder (frozen).")] = False
+    predictions: Annotated[
+        Path | None,
+        option("Instead of a model: a folder with one folder of indexed PNG masks a sequence.", "DIR"),
+    ] = None
+    sequences: Annotated[
+        str | None, option("Names of sequences, or a file with one name a line.", "A,B|FILE", "all")
+    ] = None
+    protocols: Annotated[
+        str, option("A label-free, B official, C oracle, semi-supervised.", "A,B,C", "A,B,C")
+    ] = "A,B,C"
+    baselines: Annotated[
+        bool,
+        option(
+            "Also judge clusters of colour and position (null) and, with a model, its bare encoder (frozen)."
+        ),
+    ] = False
 
     def run(self) -> None:
         if (self.model is None) == (self.predictions is None):
@@ -58,8 +68,13 @@ class Evaluate(Command):
 
                 done: list[str] = []
                 results = evaluate_dataset(
-                    segment_and_keep, sequences, protocols, dataset=self.dataset, baselines=baselines,
-                    settings=self._settings(), progress=judged,
+                    segment_and_keep,
+                    sequences,
+                    protocols,
+                    dataset=self.dataset,
+                    baselines=baselines,
+                    settings=self._settings(),
+                    progress=judged,
                 )
             report.write(results)
             _write_tables(folder, results)
@@ -75,7 +90,9 @@ class Evaluate(Command):
         from objslot import __version__
 
         return {
-            "version": __version__, "root": str(self.root), "model": None if self.model is None else str(self.model),
+            "version": __version__,
+            "root": str(self.root),
+            "model": None if self.model is None else str(self.model),
             "predictions": None if self.predictions is None else str(self.predictions),
         }
 
@@ -96,10 +113,14 @@ class Evaluate(Command):
         if self.baselines:
             from objslot.inference.baselines import colour_null, frozen_backbone
 
-            baselines["null"] = lambda sequence: colour_null(sequence.video, merge_foreground=sequence.merge_objects)
+            baselines["null"] = lambda sequence: colour_null(
+                sequence.video, merge_foreground=sequence.merge_objects
+            )
             if self.model is not None:
                 baselines["frozen"] = lambda sequence: frozen_backbone(
-                    model.encoder, sequence.video, resolution=min(model.frame_size),
+                    model.encoder,
+                    sequence.video,
+                    resolution=min(model.frame_size),
                     merge_foreground=sequence.merge_objects,
                 )
         return segment, baselines

@@ -1,12 +1,12 @@
-"""The output folder of `discover`: indexed masks, an overlay video, a contact sheet, a page and a JSON summary.
+"""The output folder of `discover`: masks, an overlay video, a contact sheet, a page, a JSON summary.
 
-    OUT/<name>/
-        masks/00000.png     the tracks of a frame: palette PNG, 0 = no object
-        slots/00000.png     every slot of a frame before selection (written when the segmentation holds it)
-        overlay.mp4         the tracks over the video
-        sheet.png           some frames side by side with their objects and their semantic map
-        objects.json        tracks with scores, boxes and areas; the size and rate of the video; the settings
-        report.html         a page to scrub through, complete in itself
+OUT/<name>/
+    masks/00000.png     the tracks of a frame: palette PNG, 0 = no object
+    slots/00000.png     every slot of a frame before selection (written when the segmentation holds it)
+    overlay.mp4         the tracks over the video
+    sheet.png           some frames side by side with their objects and their semantic map
+    objects.json        tracks with scores, boxes and areas; the size and rate of the video; the settings
+    report.html         a page to scrub through, complete in itself
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def write_segmentation(
     Args:
         video: the frames.
         segmentation: its tracks, uint8 (T, H, W), and perhaps its partition.
-        folder: where to write. Everything is written beside it and renamed when complete, so that a folder of this
-            name always holds a whole result.
+        folder: where to write. Everything is written beside it and renamed when complete, so that a folder
+            of this name always holds a whole result.
         maps: what the page shows beside the tracks.
         settings: how the segmentation was made, kept in objects.json; JSON values.
         progress: called with (frames done, frames in all).
@@ -77,7 +77,7 @@ def write_segmentation(
         `folder`.
 
     Raises:
-        UserError: `folder` exists and is not empty, or the video does not hold the frames that were segmented.
+        UserError: `folder` exists and is not empty, or the video has other frames than were segmented.
     """
     with fresh_folder(Path(folder)) as partial:
         _write(partial, video, segmentation, maps or DisplayMaps(), settings or {}, progress)
@@ -107,7 +107,9 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
             stats.add(t, tracks)
             if segmentation.partition is not None:
                 layers["slots"] = np.asarray(segmentation.partition[t])
-                write_indexed_png(folder / "slots" / f"{t:05d}.png", _fitted(layers["slots"], frame.shape[:2]))
+                write_indexed_png(
+                    folder / "slots" / f"{t:05d}.png", _fitted(layers["slots"], frame.shape[:2])
+                )
             picture = overlay(frame, tracks, only=drawn)
             writer.write(picture)
             if maps.semantic is not None and (t in report.shown or t in shown):
@@ -126,11 +128,21 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
     foreground = sum(track["foreground"] for track in objects)
     subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {foreground} foreground"
     contact_sheet(
-        rows, columns=["image", "objects", *third], row_titles=titles, title=segmentation.name, subtitle=subtitle
+        rows,
+        columns=["image", "objects", *third],
+        row_titles=titles,
+        title=segmentation.name,
+        subtitle=subtitle,
     ).save(folder / "sheet.png")
     summary = {
-        "name": segmentation.name, "frames": n_frames, "width": width, "height": height, "fps": float(video.fps),
-        "foreground": [int(k) for k in segmentation.foreground], "objects": objects, "settings": settings,
+        "name": segmentation.name,
+        "frames": n_frames,
+        "width": width,
+        "height": height,
+        "fps": float(video.fps),
+        "foreground": [int(k) for k in segmentation.foreground],
+        "objects": objects,
+        "settings": settings,
     }
     (folder / "objects.json").write_text(json.dumps(summary) + "\n")
     report.write(folder / "report.html", objects)
@@ -170,9 +182,12 @@ class _Tracks:
         """One dict a track: boxes are [left, top, right, bottom) in pixels, areas are in pixels."""
         return [
             {
-                "id": identity, "score": float(scores[identity]) if identity in scores else None,
-                "foreground": identity in foreground, "first_frame": seen["frames"][0],
-                "last_frame": seen["frames"][-1], **seen,
+                "id": identity,
+                "score": float(scores[identity]) if identity in scores else None,
+                "foreground": identity in foreground,
+                "first_frame": seen["frames"][0],
+                "last_frame": seen["frames"][-1],
+                **seen,
             }
             for identity, seen in sorted(self._seen.items())
         ]

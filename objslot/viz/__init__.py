@@ -6,6 +6,12 @@ from objslot.viz.sheet import contact_sheet
 from objslot.viz.video import VideoWriter
 
 __all__ = [
-    "VideoWriter", "colorize", "contact_sheet", "contours", "davis_palette", "overlay", "overlay_colors",
+    "VideoWriter",
+    "colorize",
+    "contact_sheet",
+    "contours",
+    "davis_palette",
+    "overlay",
+    "overlay_colors",
     "write_indexed_png",
 ]

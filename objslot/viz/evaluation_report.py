@@ -1,4 +1,4 @@
-"""The pages and the contact sheet of an evaluation: figures, curves, best and worst frames of every sequence."""
+"""Pages and contact sheet of an evaluation: figures, curves, best and worst frames of every sequence."""
 
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ class EvaluationReport:
         protocols = [name for name in MEANINGS if name in result]
         first = result[protocols[0]]["curve"]
         entry = {
-            "name": sequence.name, "href": None, "protocol": protocols[0], "length": sequence.n_frames,
+            "name": sequence.name,
+            "href": None,
+            "protocol": protocols[0],
+            "length": sequence.n_frames,
             "scores": {name: {m: result[name][m] for m in _MEASURES} for name in protocols},
-            "curve": {"frames": first["frames"], "J": first["J"], "F": first["F"]}, "frames": [],
+            "curve": {"frames": first["frames"], "J": first["J"], "F": first["F"]},
+            "frames": [],
         }
         if sequence.video is not None:
             page = f"sequences/{safe_name(sequence.name)}.html"
@@ -59,10 +63,15 @@ class EvaluationReport:
             entry["href"] = page
             for label in ("best", "worst"):
                 at = first["frames"].index(first[label])
-                entry["frames"].append({
-                    "label": label, "frame": first[label], "J": first["J"][at], "F": first["F"][at],
-                    "picture": jpeg_uri(shown[first[label]][1], max_side=400),
-                })
+                entry["frames"].append(
+                    {
+                        "label": label,
+                        "frame": first[label],
+                        "J": first["J"][at],
+                        "F": first["F"][at],
+                        "picture": jpeg_uri(shown[first[label]][1], max_side=400),
+                    }
+                )
             if len(self._rows) < _SHEET_ROWS:
                 self._rows.append([*shown[first["best"]], *shown[first["worst"]]])
                 self._titles.append(sequence.name)
@@ -79,13 +88,18 @@ class EvaluationReport:
         for t, frame in enumerate(sequence.video.frames()):
             frame, tracks = np.asarray(frame), segmentation.tracks[t]
             annotation = sequence.annotation(t)
-            annotation = blank if annotation is None else np.where(annotation == VOID, 0, annotation).astype(np.uint8)
+            annotation = (
+                blank if annotation is None else np.where(annotation == VOID, 0, annotation).astype(np.uint8)
+            )
             layers = {"objects": tracks, "truth": annotation}
             if segmentation.partition is not None:
                 layers["slots"] = segmentation.partition[t]
             report.add(t, frame, layers)
             if t in marks.values():
-                pictures[t] = overlay(frame, annotation, labels=False), _outlined(frame, tracks, annotation, only)
+                pictures[t] = (
+                    overlay(frame, annotation, labels=False),
+                    _outlined(frame, tracks, annotation, only),
+                )
         objects = [
             {"id": k, "score": segmentation.scores.get(k), "foreground": k in segmentation.foreground}
             for k in segmentation.track_ids
@@ -102,13 +116,17 @@ class EvaluationReport:
         return pictures
 
     def write(self, results: dict) -> None:
-        """Writes OUT/report.html, and OUT/sheet.png where there are frames; `results` is from `evaluate_dataset`."""
+        """Writes OUT/report.html, and OUT/sheet.png where there are frames, from `evaluate_dataset`'s result."""
         methods = {"this run": results["protocols"]}
         methods |= {f"baseline: {name}": scores["protocols"] for name, scores in results["baselines"].items()}
         tables = [
             {
-                "name": name, "meaning": MEANINGS[name],
-                "rows": [{"method": method, **{m: scores[name][m] for m in _MEASURES}} for method, scores in methods.items()],
+                "name": name,
+                "meaning": MEANINGS[name],
+                "rows": [
+                    {"method": method, **{m: scores[name][m] for m in _MEASURES}}
+                    for method, scores in methods.items()
+                ],
             }
             for name in results["protocols"]
         ]
@@ -117,7 +135,9 @@ class EvaluationReport:
         if self._rows:
             columns = ["best: annotation", "best: found", "worst: annotation", "worst: found"]
             title = f"{results['dataset']}: best and worst frame of each sequence"
-            sheet = contact_sheet(self._rows, columns=columns, row_titles=self._titles, title=title, cell_width=280)
+            sheet = contact_sheet(
+                self._rows, columns=columns, row_titles=self._titles, title=title, cell_width=280
+            )
             sheet.save(self._out / "sheet.png")
 
 

@@ -32,7 +32,7 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write in, which becomes `folder` when the block ends well and vanishes when it does not.
+    """A new folder to write in, which becomes `folder` if the block ends well and vanishes if it does not.
 
     Raises:
         UserError: `folder` exists and is not empty. Nothing is written before that.

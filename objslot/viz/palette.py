@@ -1,4 +1,4 @@
-"""Colours: the DAVIS palette of indexed PNG files, and overlay colours that colour-blind people can tell apart."""
+"""Colours: the DAVIS palette of indexed PNG files, and overlay colours for colour-blind people too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from PIL import Image
 
 # Okabe and Ito's seven chromatic colours, then those of Tol's "muted" scheme that differ from them.
 _BASE = (
-    "E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 332288 DDCC77 882255 44AA99 AA4499 117733 999933 CC6677 88CCEE"
+    "E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 332288 "
+    "DDCC77 882255 44AA99 AA4499 117733 999933 CC6677 88CCEE"
 )
 
 
@@ -33,13 +34,13 @@ def davis_palette() -> np.ndarray:
 def overlay_colors() -> np.ndarray:
     """Colours of object identities, the same for an identity in every frame, picture and page.
 
-    The first seven are Okabe and Ito's set, which stays distinct under the three kinds of dichromacy; the next
-    nine come from Tol's muted scheme. Further identities repeat the sixteen, lighter and then darker.
+    The first seven are Okabe and Ito's set, which stays distinct under the three kinds of dichromacy; the
+    next nine come from Tol's muted scheme. Further identities repeat the sixteen, lighter and then darker.
 
     Returns:
         uint8 (256, 3), read-only; index 0 (no object) is black.
     """
-    base = np.array([[int(code[i:i + 2], 16) for i in (0, 2, 4)] for code in _BASE.split()], np.float64)
+    base = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in _BASE.split()], np.float64)
     lighter = base + 0.45 * (255 - base)
     darker = base * 0.6
     cycle = np.concatenate([base, lighter, darker])

@@ -18,7 +18,10 @@ MAX_FRAMES = 200
 MAX_SIDE = 512
 
 LAYER_TITLES = {
-    "objects": "Objects", "truth": "Ground truth", "semantic": "Semantic map", "slots": "Instance map",
+    "objects": "Objects",
+    "truth": "Ground truth",
+    "semantic": "Semantic map",
+    "slots": "Instance map",
 }
 
 
@@ -53,8 +56,8 @@ def run_lengths(index: np.ndarray) -> bytes:
 class VideoReport:
     """Gathers the frames of one video and writes its page.
 
-    At most `MAX_FRAMES` frames, evenly spread, go into the page, at most `MAX_SIDE` pixels long, so that the page of
-    a long video stays a few megabytes.
+    At most `MAX_FRAMES` frames, evenly spread, go into the page, at most `MAX_SIDE` pixels long, so that the page
+    of a long video stays a few megabytes.
 
     Args:
         name: the title of the page.
@@ -72,18 +75,27 @@ class VideoReport:
         self._size = tuple(max(1, round(side * scale)) for side in size)
         self._areas: list[np.ndarray] = []
         self._page: dict = {
-            "name": name, "height": self._size[0], "width": self._size[1], "fps": float(fps), "length": n_frames,
-            "frames": [], "pictures": [], "layers": {}, "attention": None,
+            "name": name,
+            "height": self._size[0],
+            "width": self._size[1],
+            "fps": float(fps),
+            "length": n_frames,
+            "frames": [],
+            "pictures": [],
+            "layers": {},
+            "attention": None,
         }
 
-    def add(self, t: int, frame: np.ndarray, layers: Mapping[str, np.ndarray], attention: np.ndarray | None = None):
+    def add(
+        self, t: int, frame: np.ndarray, layers: Mapping[str, np.ndarray], attention: np.ndarray | None = None
+    ):
         """Adds frame `t`; frames that the page leaves out cost nothing.
 
         Args:
             t: number of the frame; frames come in order.
             frame: uint8 (H, W, 3).
-            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `slots`; the same ones for
-                every frame.
+            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `slots`; the same ones
+                for every frame.
             attention: uint8 (I, N, h, w), of N slots after each of I iterations.
         """
         if t not in self.shown:
@@ -95,7 +107,8 @@ class VideoReport:
         for name, index in layers.items():
             index = self._bounded(np.asarray(index))
             layer = self._page["layers"].setdefault(
-                name, {"title": LAYER_TITLES[name], "height": index.shape[0], "width": index.shape[1], "data": []}
+                name,
+                {"title": LAYER_TITLES[name], "height": index.shape[0], "width": index.shape[1], "data": []},
             )
             layer["data"].append(_base64(run_lengths(index)))
             if name == "objects":
@@ -111,7 +124,12 @@ class VideoReport:
         if page["attention"] is None:
             iterations, slots, height, width = attention.shape
             page["attention"] = {
-                "iterations": iterations, "slots": slots, "height": height, "width": width, "frames": [], "data": []
+                "iterations": iterations,
+                "slots": slots,
+                "height": height,
+                "width": width,
+                "frames": [],
+                "data": [],
             }
         page["attention"]["frames"].append(t)
         page["attention"]["data"].append(_base64(attention.tobytes()))
@@ -139,14 +157,18 @@ class VideoReport:
         page["colors"] = colors.tolist()
         page["objects"] = [
             {
-                "id": int(track["id"]), "score": track.get("score"), "foreground": bool(track.get("foreground")),
+                "id": int(track["id"]),
+                "score": track.get("score"),
+                "foreground": bool(track.get("foreground")),
                 "area": [round(float(area[track["id"]]), 4) for area in self._areas],
             }
             for track in objects
         ]
         page["facts"] = list(facts)
-        page["curves"] = {name: [None if v is None else round(float(v), 4) for v in values]
-                          for name, values in (curves or {}).items()}
+        page["curves"] = {
+            name: [None if v is None else round(float(v), 4) for v in values]
+            for name, values in (curves or {}).items()
+        }
         page["marks"] = dict(marks or {})
         write_page(path, "video.html", page)
 

@@ -30,8 +30,8 @@ def contact_sheet(
     """Lays pictures out in a grid under column titles, with a title for each row at its left.
 
     Args:
-        rows: for each row one uint8 (H, W, 3) picture for each column; any sizes, each fitted into its cell. The
-            cell has the shape of the first picture.
+        rows: for each row one uint8 (H, W, 3) picture for each column; any sizes, each fitted into its cell.
+            The cell has the shape of the first picture.
         columns: a title for each column.
         row_titles: a title for each row.
         title, subtitle: the two lines at the top.
@@ -58,7 +58,10 @@ def contact_sheet(
     top = margin + head + 28
     sheet = Image.new(
         "RGB",
-        (left + len(columns) * (cell_width + gap) - gap + margin, top + len(rows) * (cell_height + gap) - gap + margin),
+        (
+            left + len(columns) * (cell_width + gap) - gap + margin,
+            top + len(rows) * (cell_height + gap) - gap + margin,
+        ),
         _PAPER,
     )
     draw = ImageDraw.Draw(sheet)

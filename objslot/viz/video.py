@@ -37,7 +37,9 @@ class VideoWriter:
         if not fps > 0:
             raise ValueError(f"fps must be positive, got {fps}")
         if "libx264" not in av.codecs_available:
-            raise UserError("this build of PyAV has no libx264 encoder; install the wheel: pip install --force-reinstall av")
+            raise UserError(
+                "this build of PyAV has no libx264 encoder; install its wheel: pip install --force-reinstall av"
+            )
         self._av = av
         self._rate = Fraction(fps).limit_denominator(1001)
         self._quality = quality

@@ -22,7 +22,9 @@ ENCODER = "test_vit.r160_in1k"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return SyntheticVideos(seed=1, n_videos=2, n_frames=6, size=64).write(tmp_path_factory.mktemp("data") / "davis")
+    return SyntheticVideos(seed=1, n_videos=2, n_frames=6, size=64).write(
+        tmp_path_factory.mktemp("data") / "davis"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,29 @@ def weights(tmp_path_factory):
 
 def train_arguments(data, out, weights, *others):
     return [
-        "train", str(data), "--out", str(out), "--encoder", ENCODER, "--weights", str(weights), "--steps", "3",
-        "--batch-size", "2", "--frames", "2", "--resolution", "64", "--slots", "4", "--instances", "2",
-        "--device", "cpu", *others,
+        "train",
+        str(data),
+        "--out",
+        str(out),
+        "--encoder",
+        ENCODER,
+        "--weights",
+        str(weights),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--frames",
+        "2",
+        "--resolution",
+        "64",
+        "--slots",
+        "4",
+        "--instances",
+        "2",
+        "--device",
+        "cpu",
+        *others,
     ]
 
 
@@ -63,7 +85,9 @@ def refused(capsys, arguments, *expected):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "objslot.cli", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "objslot.cli", *arguments], capture_output=True, text=True, timeout=300
+    )
 
 
 def test_help_is_fast_and_light():
@@ -85,7 +109,12 @@ def test_wrong_words_leave_with_two(arguments):
 
 
 def test_the_whole_way(data, model, tmp_path, capsys):
-    assert {path.name for path in model.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "model.safetensors"}
+    assert {path.name for path in model.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+    }
     assert len((model / "metrics.jsonl").read_text().splitlines()) == 3
 
     first = names(data)[0]
@@ -93,30 +122,56 @@ def test_the_whole_way(data, model, tmp_path, capsys):
     found = tmp_path / "found"
     assert main(["discover", str(video), "--model", str(model), "--out", str(found), "--instances", "3"]) == 0
     assert {path.name for path in (found / first).iterdir()} == {
-        "masks", "slots", "overlay.mp4", "sheet.png", "objects.json", "report.html"
+        "masks",
+        "slots",
+        "overlay.mp4",
+        "sheet.png",
+        "objects.json",
+        "report.html",
     }
     summary = json.loads((found / first / "objects.json").read_text())
     assert summary["frames"] == 6 and (summary["height"], summary["width"]) == (64, 64)
     assert summary["settings"]["instances"] == 3
     regions = [np.asarray(Image.open(path)) for path in sorted((found / first / "slots").iterdir())]
     assert len(regions) == 6 and max(region.max() for region in regions) <= 4 * 3
-    page = json.loads(re.search(r'id="data">(.*?)</script>', (found / first / "report.html").read_text(), re.S)[1])
+    page = json.loads(
+        re.search(r'id="data">(.*?)</script>', (found / first / "report.html").read_text(), re.S)[1]
+    )
     assert set(page["layers"]) == {"objects", "slots", "semantic"}
     assert (page["attention"]["iterations"], page["attention"]["slots"]) == (3, 4)
 
     judged = tmp_path / "judged"
     capsys.readouterr()
-    arguments = ["evaluate", "--dataset", "davis2017", "--root", str(data), "--out", str(judged), "--model", str(model)]
+    arguments = [
+        "evaluate",
+        "--dataset",
+        "davis2017",
+        "--root",
+        str(data),
+        "--out",
+        str(judged),
+        "--model",
+        str(model),
+    ]
     assert main([*arguments, "--baselines"]) == 0
     results = json.loads((judged / "results.json").read_text())
     assert set(results) >= {"dataset", "protocols", "sequences", "baselines", "settings"}
     assert list(results["protocols"]) == ["A", "B", "C"] and set(results["baselines"]) == {"null", "frozen"}
     assert sorted(results["sequences"]) == names(data)
-    for scores in (results["protocols"]["A"], results["baselines"]["null"]["A"], results["baselines"]["frozen"]["C"]):
+    for scores in (
+        results["protocols"]["A"],
+        results["baselines"]["null"]["A"],
+        results["baselines"]["frozen"]["C"],
+    ):
         assert 0 <= scores["JF"] <= 1 and scores["JF"] == pytest.approx((scores["J"] + scores["F"]) / 2)
     assert f"{100 * results['protocols']['B']['J']:.1f}" in capsys.readouterr().out
     assert {path.name for path in judged.iterdir()} == {
-        "results.json", "table.md", "table.txt", "report.html", "sheet.png", "sequences"
+        "results.json",
+        "table.md",
+        "table.txt",
+        "report.html",
+        "sheet.png",
+        "sequences",
     }
 
 
@@ -131,7 +186,9 @@ def test_predictions_that_are_the_annotation_score_one(data, tmp_path):
     out = tmp_path / "judged"
     arguments = ["evaluate", "--dataset", "davis2017", "--root", str(data), "--out", str(out), "--baselines"]
     first = names(data)[0]
-    assert main([*arguments, "--predictions", str(predictions), "--protocols", "B", "--sequences", first]) == 0
+    assert (
+        main([*arguments, "--predictions", str(predictions), "--protocols", "B", "--sequences", first]) == 0
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["protocols"]["B"]["J"] == 1 and list(results["protocols"]) == ["B"]
     assert list(results["sequences"]) == [first] and set(results["baselines"]) == {"null"}
@@ -169,12 +226,34 @@ class TestRefusals:
         video = data / "JPEGImages" / "480p" / first
         refused(capsys, ["discover", video, "--model", model, "--out", taken], "already exists", first)
         predictions = data / "Annotations" / "480p"
-        refused(capsys, ["evaluate", "--dataset", "davis2017", "--root", data, "--out", taken,
-                         "--predictions", predictions], "already exists")
+        refused(
+            capsys,
+            [
+                "evaluate",
+                "--dataset",
+                "davis2017",
+                "--root",
+                data,
+                "--out",
+                taken,
+                "--predictions",
+                predictions,
+            ],
+            "already exists",
+        )
         assert [path.name for path in taken.rglob("*")] == [first, "mine"]
 
     def test_predictions_that_do_not_match(self, data, tmp_path, capsys):
-        arguments = ["evaluate", "--dataset", "davis2017", "--root", data, "--out", tmp_path / "out", "--predictions"]
+        arguments = [
+            "evaluate",
+            "--dataset",
+            "davis2017",
+            "--root",
+            data,
+            "--out",
+            tmp_path / "out",
+            "--predictions",
+        ]
         refused(capsys, [*arguments, tmp_path / "absent"], "absent")
         first, second = names(data)
         wrong = tmp_path / "wrong"
@@ -190,11 +269,24 @@ class TestRefusals:
     def test_model_and_predictions_exclude_each_other(self, data, tmp_path, capsys):
         arguments = ["evaluate", "--dataset", "davis2017", "--root", data, "--out", tmp_path / "out"]
         refused(capsys, arguments, "one of --model DIR and --predictions DIR")
-        refused(capsys, [*arguments, "--model", "m", "--predictions", "p"], "one of --model DIR and --predictions DIR")
+        refused(
+            capsys,
+            [*arguments, "--model", "m", "--predictions", "p"],
+            "one of --model DIR and --predictions DIR",
+        )
 
     def test_unknown_protocols_and_sequences(self, data, tmp_path, capsys):
-        arguments = ["evaluate", "--dataset", "davis2017", "--root", data, "--out", tmp_path / "out", "--predictions",
-                     data / "Annotations" / "480p"]
+        arguments = [
+            "evaluate",
+            "--dataset",
+            "davis2017",
+            "--root",
+            data,
+            "--out",
+            tmp_path / "out",
+            "--predictions",
+            data / "Annotations" / "480p",
+        ]
         refused(capsys, [*arguments, "--protocols", "A,Z"], "Z")
         refused(capsys, [*arguments, "--sequences", "nobody"], "nobody")
 
@@ -206,7 +298,9 @@ class TestRefusals:
         assert not list(tmp_path.iterdir()) or not list((tmp_path / "out").iterdir())
 
     def test_a_missing_torchvision_is_named(self, data, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("objslot.info.training_missing", lambda: "encoders need timm, and timm needs a torchvision")
+        monkeypatch.setattr(
+            "objslot.info.training_missing", lambda: "encoders need timm, and timm needs a torchvision"
+        )
         video = data / "JPEGImages" / "480p" / names(data)[0]
         refused(capsys, ["discover", video, "--model", model, "--out", tmp_path / "out"], "torchvision")
 
@@ -232,7 +326,9 @@ def test_signals_save_and_leave_with_their_code(data, weights, tmp_path, number,
     out = tmp_path / "run"
     arguments = train_arguments(data, out, weights)
     arguments[arguments.index("--steps") + 1] = "100000"
-    child = subprocess.Popen([sys.executable, "-m", "objslot.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "objslot.cli", *arguments], stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 300
         metrics = out / "metrics.jsonl"

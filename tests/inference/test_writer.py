@@ -27,7 +27,7 @@ class Clip:
     def segmentation(self, **others):
         tracks = np.zeros((self.n_frames, *self.size), np.uint8)
         for t in range(1, self.n_frames):
-            tracks[t, 8:20, 4 * t:4 * t + 12] = 7
+            tracks[t, 8:20, 4 * t : 4 * t + 12] = 7
         return VideoSegmentation(self.name, tracks, foreground=(7,), scores={7: 0.75}, **others)
 
 
@@ -37,13 +37,24 @@ def test_the_folder_holds_what_was_segmented(tmp_path):
     segmentation = clip.segmentation(partition=partition)
     done = []
     folder = write_segmentation(
-        clip, segmentation, tmp_path / "out" / "clip", settings={"instances": 4}, progress=lambda *a: done.append(a)
+        clip,
+        segmentation,
+        tmp_path / "out" / "clip",
+        settings={"instances": 4},
+        progress=lambda *a: done.append(a),
     )
     assert sorted(p.name for p in folder.iterdir()) == [
-        "masks", "objects.json", "overlay.mp4", "report.html", "sheet.png", "slots"
+        "masks",
+        "objects.json",
+        "overlay.mp4",
+        "report.html",
+        "sheet.png",
+        "slots",
     ]
     for t in range(5):
-        assert np.array_equal(np.asarray(Image.open(folder / "masks" / f"{t:05d}.png")), segmentation.tracks[t])
+        assert np.array_equal(
+            np.asarray(Image.open(folder / "masks" / f"{t:05d}.png")), segmentation.tracks[t]
+        )
         assert np.array_equal(np.asarray(Image.open(folder / "slots" / f"{t:05d}.png")), partition[t])
     with av.open(str(folder / "overlay.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 5
@@ -57,12 +68,23 @@ def test_objects_json_describes_the_tracks(tmp_path):
     summary = json.loads((folder / "objects.json").read_text())
     (track,) = summary.pop("objects")
     assert summary == {
-        "name": "clip", "frames": 5, "width": 64, "height": 48, "fps": 10.0, "foreground": [7],
+        "name": "clip",
+        "frames": 5,
+        "width": 64,
+        "height": 48,
+        "fps": 10.0,
+        "foreground": [7],
         "settings": {"instances": 4},
     }
     assert track == {
-        "id": 7, "score": 0.75, "foreground": True, "first_frame": 1, "last_frame": 4, "frames": [1, 2, 3, 4],
-        "boxes": [[4 * t, 8, 4 * t + 12, 20] for t in (1, 2, 3, 4)], "areas": [144] * 4,
+        "id": 7,
+        "score": 0.75,
+        "foreground": True,
+        "first_frame": 1,
+        "last_frame": 4,
+        "frames": [1, 2, 3, 4],
+        "boxes": [[4 * t, 8, 4 * t + 12, 20] for t in (1, 2, 3, 4)],
+        "areas": [144] * 4,
     }
 
 
@@ -105,10 +127,19 @@ def test_a_break_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("../../etc/passwd", "etc_passwd"), ("..", "video"), ("", "video"), ("a clip (2).mp4", "a_clip_2_.mp4"),
-    ("/absolute/path", "absolute_path"), (".hidden", "hidden"), ("été", "été"), ("a\0b\nc", "a_b_c"),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("../../etc/passwd", "etc_passwd"),
+        ("..", "video"),
+        ("", "video"),
+        ("a clip (2).mp4", "a_clip_2_.mp4"),
+        ("/absolute/path", "absolute_path"),
+        (".hidden", "hidden"),
+        ("été", "été"),
+        ("a\0b\nc", "a_b_c"),
+    ],
+)
 def test_names_never_leave_the_output_folder(name, expected):
     assert safe_name(name) == expected
 

@@ -55,10 +55,13 @@ def test_colorize_uses_one_color_for_an_identity():
     assert np.array_equal(colorize(index)[20, 40], overlay_colors()[2])
 
 
-@pytest.mark.parametrize("frame, index, message", [
-    (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), "frame must be uint8"),
-    (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), np.uint8), "index must be uint8 of shape"),
-])
+@pytest.mark.parametrize(
+    "frame, index, message",
+    [
+        (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), "frame must be uint8"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), np.uint8), "index must be uint8 of shape"),
+    ],
+)
 def test_wrong_arrays_are_named(frame, index, message):
     with pytest.raises((TypeError, ValueError), match=message):
         overlay(frame, index)

@@ -18,7 +18,8 @@ driver = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(driver)
 
 pytestmark = pytest.mark.skipif(
-    not (driver.CHROMIUM and driver.DRIVER), reason="needs chromium and chromedriver (Debian: chromium chromium-driver)"
+    not (driver.CHROMIUM and driver.DRIVER),
+    reason="needs chromium and chromedriver (Debian: chromium chromium-driver)",
 )
 
 LEFT, RIGHT, HOME, END = "\ue012", "\ue014", "\ue011", "\ue010"
@@ -36,9 +37,17 @@ def page(tmp_path_factory):
     for t in range(12):
         attention = np.zeros((3, 2, 6, 8), np.uint8)
         attention[:, 0] = 255
-        report.add(t, np.full((*SIZE, 3), 20 * t, np.uint8), {"objects": index, "semantic": semantic}, attention)
-    report.write(path, [{"id": 1, "score": 0.9, "foreground": True}, {"id": 2, "score": 0.1, "foreground": True},
-                        {"id": 3, "score": 0.0, "foreground": False}])
+        report.add(
+            t, np.full((*SIZE, 3), 20 * t, np.uint8), {"objects": index, "semantic": semantic}, attention
+        )
+    report.write(
+        path,
+        [
+            {"id": 1, "score": 0.9, "foreground": True},
+            {"id": 2, "score": 0.1, "foreground": True},
+            {"id": 3, "score": 0.0, "foreground": False},
+        ],
+    )
     return path
 
 
@@ -58,8 +67,8 @@ def opened(chromium, page):
 
 
 def pixel(browser, x, y, canvas="#picture"):
-    script = """const c = document.querySelector(arguments[0]);
-        return Array.from(c.getContext("2d").getImageData(arguments[1], arguments[2], 1, 1).data.slice(0, 3))"""
+    script = """const [selector, x, y] = arguments, c = document.querySelector(selector);
+        return Array.from(c.getContext("2d").getImageData(x, y, 1, 1).data.slice(0, 3))"""
     browser.settle()
     return np.array(browser.run(script, canvas, x, y))
 
@@ -74,7 +83,9 @@ def near(found, expected):
 
 def test_scrubbing_changes_the_frame(opened):
     assert near(pixel(opened, 1, 1), 0)
-    opened.run("""const s = document.getElementById("seek"); s.value = 7; s.dispatchEvent(new Event("input"))""")
+    opened.run(
+        """const s = document.getElementById("seek"); s.value = 7; s.dispatchEvent(new Event("input"))"""
+    )
     assert near(pixel(opened, 1, 1), 140)
     assert "frame 7 of 12" in opened.run("return document.getElementById('place').textContent")
 
@@ -125,7 +136,9 @@ def test_maps_and_attention_are_drawn(opened):
     opened.press(END)
     attended = "#iterations figure:nth-child(3) canvas"
     assert near(pixel(opened, 30, 20, attended), 220)
-    opened.run("""const s = document.getElementById("slot"); s.value = 1; s.dispatchEvent(new Event("input"))""")
+    opened.run(
+        """const s = document.getElementById("slot"); s.value = 1; s.dispatchEvent(new Event("input"))"""
+    )
     assert pixel(opened, 30, 20, attended).max() < 60
 
 
@@ -134,7 +147,8 @@ def test_a_phone_shows_the_page_without_sideways_scrolling(page, tmp_path):
         phone.open(page)
         phone.settle()
         width, room, paper = phone.run(
-            "return [document.documentElement.scrollWidth, innerWidth, getComputedStyle(document.body).backgroundColor]"
+            "return [document.documentElement.scrollWidth, innerWidth, "
+            "getComputedStyle(document.body).backgroundColor]"
         )
         assert width <= room
         assert paper == "rgb(22, 22, 24)", "the dark scheme must be followed"
@@ -157,7 +171,9 @@ def test_the_evaluation_pages(chromium, tmp_path):
     segmentation = VideoSegmentation(sequence.name, found, foreground=(1,))
     report = EvaluationReport(tmp_path)
     results = evaluate_dataset(
-        lambda _: segmentation, [sequence], dataset="folder",
+        lambda _: segmentation,
+        [sequence],
+        dataset="folder",
         progress=lambda judged, result: report.add(judged, segmentation, result),
     )
     report.write(results)
@@ -166,7 +182,9 @@ def test_the_evaluation_pages(chromium, tmp_path):
     chromium.open(tmp_path / "report.html")
     assert "a <b> sequence" in chromium.run("return document.body.innerText")
     captions = chromium.run("return [...document.querySelectorAll('figcaption')].map(f => f.textContent)")
-    assert captions[0].startswith("best: frame 0, J 100.0") and captions[1].startswith("worst: frame 2, J 33.3")
+    assert captions[0].startswith("best: frame 0, J 100.0") and captions[1].startswith(
+        "worst: frame 2, J 33.3"
+    )
     assert len(chromium.run("return document.querySelector('polyline').getAttribute('points')").split()) == 6
     chromium.click("article a")
     chromium.settle()

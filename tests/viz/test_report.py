@@ -10,7 +10,9 @@ from objslot.viz.report import MAX_FRAMES, VideoReport, run_lengths
 
 def page_data(path):
     text = path.read_text()
-    return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    return text, json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    )
 
 
 def decoded(code):
@@ -18,10 +20,16 @@ def decoded(code):
     return np.repeat(np.frombuffer(code[:n], np.uint8), np.frombuffer(code[n:], "<u2"))
 
 
-@pytest.mark.parametrize("index", [
-    np.zeros((1, 1), np.uint8), np.full((300, 500), 7, np.uint8), np.zeros((256, 1024), np.uint8),
-    np.random.default_rng(0).integers(0, 3, (37, 53), dtype=np.uint8), np.arange(256, dtype=np.uint8)[None],
-])
+@pytest.mark.parametrize(
+    "index",
+    [
+        np.zeros((1, 1), np.uint8),
+        np.full((300, 500), 7, np.uint8),
+        np.zeros((256, 1024), np.uint8),
+        np.random.default_rng(0).integers(0, 3, (37, 53), dtype=np.uint8),
+        np.arange(256, dtype=np.uint8)[None],
+    ],
+)
 def test_run_lengths_decode_to_the_index_map(index):
     assert np.array_equal(decoded(run_lengths(index)).reshape(index.shape), index)
 

@@ -32,7 +32,10 @@ def test_video_plays_in_a_browser_and_shows_the_frames(tmp_path, height, width):
 
 
 def test_frames_of_another_size_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="shape of the first one"), VideoWriter(tmp_path / "a.mp4", 10) as writer:
+    with (
+        pytest.raises(ValueError, match="shape of the first one"),
+        VideoWriter(tmp_path / "a.mp4", 10) as writer,
+    ):
         writer.write(gradient(0, 32, 32))
         writer.write(gradient(0, 32, 48))
 
@@ -47,7 +50,9 @@ def test_sheet_places_every_picture_in_its_cell():
     colors = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
     rows = [[np.full((30, 40, 3), color, np.uint8) for color in row] for row in colors]
     sheet = np.asarray(
-        contact_sheet(rows, columns=["image", "objects"], row_titles=["0.0 s", "1.0 s"], title="clip", cell_width=100)
+        contact_sheet(
+            rows, columns=["image", "objects"], row_titles=["0.0 s", "1.0 s"], title="clip", cell_width=100
+        )
     )
     centers = {color: np.argwhere((sheet == color).all(-1)).mean(0) for row in colors for color in row}
     for row in colors:
