@@ -116,7 +116,7 @@ class EvaluationReport:
         return pictures
 
     def write(self, results: dict) -> None:
-        """Writes OUT/report.html, and OUT/sheet.png where there are frames, from `evaluate_dataset`'s result."""
+        """Writes OUT/report.html and, with frames, OUT/sheet.png of what `evaluate_dataset` returned."""
         methods = {"this run": results["protocols"]}
         methods |= {f"baseline: {name}": scores["protocols"] for name, scores in results["baselines"].items()}
         tables = [

@@ -56,8 +56,8 @@ def run_lengths(index: np.ndarray) -> bytes:
 class VideoReport:
     """Gathers the frames of one video and writes its page.
 
-    At most `MAX_FRAMES` frames, evenly spread, go into the page, at most `MAX_SIDE` pixels long, so that the page
-    of a long video stays a few megabytes.
+    At most `MAX_FRAMES` frames, evenly spread, go into the page, at most `MAX_SIDE` pixels long, so that the
+    page of a long video stays a few megabytes.
 
     Args:
         name: the title of the page.
@@ -94,8 +94,8 @@ class VideoReport:
         Args:
             t: number of the frame; frames come in order.
             frame: uint8 (H, W, 3).
-            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `slots`; the same ones
-                for every frame.
+            layers: index maps uint8 of any size by name: `objects`, `truth`, `semantic`, `slots`; the same
+                ones for every frame.
             attention: uint8 (I, N, h, w), of N slots after each of I iterations.
         """
         if t not in self.shown:

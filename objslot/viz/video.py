@@ -38,7 +38,7 @@ class VideoWriter:
             raise ValueError(f"fps must be positive, got {fps}")
         if "libx264" not in av.codecs_available:
             raise UserError(
-                "this build of PyAV has no libx264 encoder; install its wheel: pip install --force-reinstall av"
+                "this build of PyAV has no libx264; install its wheel: pip install --force-reinstall av"
             )
         self._av = av
         self._rate = Fraction(fps).limit_denominator(1001)
