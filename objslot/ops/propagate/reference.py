@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from objslot.ops.slot_softmax.reference import arithmetic
+from objslot.ops._dtypes import compute_dtype
 
 # Entries of the affinity that the bounded form holds at a time.
 BOUND = 1 << 24
@@ -60,7 +60,7 @@ def backward(
     found = []
     for element, (q, k, c) in enumerate(_elements(query, keys, labels)):
         grad_query, grad_keys, grad_labels = [], torch.zeros_like(k).flatten(0, 1), torch.zeros_like(c)
-        grad_labels = grad_labels.to(torch.promote_types(q.dtype, arithmetic(c.dtype)))
+        grad_labels = grad_labels.to(torch.promote_types(q.dtype, compute_dtype(c.dtype)))
         for rows in _blocks(c.shape[-2], q):
             weight, place = _weights(q[rows], k, rows, *settings)
             flat, width = place.flatten(), place.shape[-1]
@@ -109,7 +109,7 @@ def _elements(query, keys, labels):
 
 
 def _flat(query, keys, labels):
-    dtype = arithmetic(query.dtype)
+    dtype = compute_dtype(query.dtype)
     query = normalize(query.to(dtype), dim=-1, eps=SHORTEST).flatten(-3, -2)
     keys = normalize(keys.to(dtype), dim=-1, eps=SHORTEST).flatten(-3, -2)
     return query, keys, labels.flatten(-4, -2)
@@ -131,7 +131,7 @@ def _weights(query, keys, rows, radius, topk, temperature, n_global, grid):
 
 def _mix(query, keys, labels, rows, *settings):
     weight, place = _weights(query, keys, rows, *settings)
-    dtype = torch.promote_types(weight.dtype, arithmetic(labels.dtype))
+    dtype = torch.promote_types(weight.dtype, compute_dtype(labels.dtype))
     expanded = labels.to(dtype).unsqueeze(-3).expand(*place.shape[:-1], *labels.shape[-2:])
     chosen = expanded.gather(-2, place.unsqueeze(-1).expand(*place.shape, labels.shape[-1]))
     return (weight.to(dtype).unsqueeze(-1) * chosen).sum(-2).to(labels.dtype)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _autocast, _backends, _native
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_attention import native, reference
-from objslot.ops.slot_softmax.reference import arithmetic
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
 # v is None where the keys are the values too; the gradient of k then holds both parts.
@@ -64,7 +64,7 @@ def _fake_forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
     return (
         q.new_empty((*rows, (k if v is None else v).shape[-1])),
         q.new_empty((*rows, k.shape[-2])) if return_logits else q.new_empty(0),
-        q.new_empty(rows, dtype=arithmetic(q.dtype)),
+        q.new_empty(rows, dtype=compute_dtype(q.dtype)),
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _native
-from objslot.ops.slot_softmax.reference import arithmetic
+from objslot.ops._dtypes import compute_dtype
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
@@ -14,7 +14,7 @@ def forward(q, k, v, mask, bias, scale, eps, return_logits):
     rows = q.shape[:-1]
     updates = q.new_empty((*rows, (k if v is None else v).shape[-1]))
     logits = q.new_empty((*rows, k.shape[-2])) if return_logits else q.new_empty(0)
-    mass = q.new_empty(rows, dtype=arithmetic(q.dtype))
+    mass = q.new_empty(rows, dtype=compute_dtype(q.dtype))
     problem, kept = _problem(q, k, v, mask, bias, scale, eps)
     _native.load().slot_attention_forward(
         problem, updates.data_ptr(), logits.data_ptr() if return_logits else 0, mass.data_ptr(),

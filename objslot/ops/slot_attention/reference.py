@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops.slot_softmax.reference import (
-    arithmetic,
     masked_softmax,
     reciprocal_or_zero,
     softmax_gradients,
@@ -85,7 +85,7 @@ def _unread(mask: Tensor) -> Tensor:
 
 
 def _prepare(q, k, v, mask, bias):
-    dtype = arithmetic(q.dtype)
+    dtype = compute_dtype(q.dtype)
     q, k, v = q.to(dtype), k.to(dtype), None if v is None else v.to(dtype)
     if mask is not None:
         unread = _unread(mask).unsqueeze(-1)

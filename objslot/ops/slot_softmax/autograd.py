@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _autocast, _backends, _native
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_softmax import native, reference
 
@@ -49,7 +50,7 @@ def _backward(grad, logits, mask, mass, eps, needs_mask, backend):
 def _fake_forward(logits, mask, eps, backend):
     return (
         logits.new_empty(logits.shape),
-        logits.new_empty(logits.shape[:-1], dtype=reference.arithmetic(logits.dtype)),
+        logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits.dtype)),
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from objslot.ops import _native
-from objslot.ops.slot_softmax.reference import arithmetic
+from objslot.ops._dtypes import compute_dtype
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
@@ -11,7 +11,7 @@ ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64
 def forward(logits, mask, eps):
     """Weights and mass, as in `autograd`."""
     weights = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    mass = logits.new_empty(logits.shape[:-1], dtype=arithmetic(logits.dtype))
+    mass = logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits.dtype))
     logits, mask = logits.contiguous(), None if mask is None else mask.contiguous()
     _native.load().slot_softmax_forward(
         _problem(logits, mask, eps), weights.data_ptr(), mass.data_ptr(), torch.get_num_threads()

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which slot attention computes: float64 for float64, float32 for the others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from objslot.ops._dtypes import compute_dtype
 
 
 def reciprocal_or_zero(mass: Tensor) -> Tensor:
@@ -31,7 +28,7 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, eps: float) -> tuple[Ten
 
 def slot_softmax(logits: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Weights (..., g, p, n) in the dtype of `logits`, and the mass (..., g, p) they were divided by."""
-    dtype = arithmetic(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     _, weight = masked_softmax(logits.to(dtype), None if mask is None else mask.to(dtype), eps)
     mass = weight.sum(-1)
     return (weight * reciprocal_or_zero(mass).unsqueeze(-1)).to(logits.dtype), mass
@@ -55,7 +52,7 @@ def slot_softmax_backward(
     grad: Tensor, logits: Tensor, mask: Tensor | None, eps: float, needs_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `logits` and of `mask` (None unless asked for), built of differentiable operations."""
-    dtype = arithmetic(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     mask_ = None if mask is None else mask.to(dtype)
     probability, weight = masked_softmax(logits.to(dtype), mask_, eps)
     inverse = reciprocal_or_zero(weight.sum(-1)).unsqueeze(-1)

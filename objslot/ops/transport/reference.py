@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops.sinkhorn import reference as sinkhorn_reference
 
 # A token shorter than this counts as this long: a zero token has cosine 0 with everything.
@@ -18,7 +19,7 @@ def normalise(tokens: Tensor) -> Tensor:
 
 def similarity_scores(x: Tensor, y: Tensor, similarity: str) -> Tensor:
     """Scores (..., n, m) of x (..., n, d) and y (..., m, d), in the arithmetic dtype."""
-    dtype = sinkhorn_reference.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     if similarity == "cosine":
         x, y = normalise(x), normalise(y)
