@@ -139,7 +139,7 @@ class SMTC(nn.Module):
             valid, target_valid = self._valid(found), self._valid(target)
         semantic = objectives.semantic_alignment_loss(
             found.semantic_logits,
-            (target.semantic_logits / config.teacher_temperature).softmax(dim=-2),
+            (target.semantic_logits.float() / config.teacher_temperature).softmax(dim=-2),
             teacher.keys,
             mass,
             eps=config.eps,

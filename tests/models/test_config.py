@@ -32,6 +32,7 @@ from objslot.models import SMTCConfig
         ("full_bptt", None),
         ("eps", float("nan")),
         ("sinkhorn_iterations", 0),
+        ("teacher_temperature", 0.0),
         ("marginal", "cam"),
         ("valid_similarity", -1.5),
         ("valid_threshold", 1.5),

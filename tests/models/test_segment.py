@@ -37,6 +37,22 @@ def test_any_size_and_count(build, height, width, instances, iterations, use_tea
     assert not any(value.requires_grad for value in maps[:5])
 
 
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_the_teacher_is_used_when_asked_for(build, clips, train_encoder):
+    model, same = build(train_encoder=train_encoder), build(train_encoder=train_encoder)
+    with torch.no_grad():
+        model.teacher.slots.mu.normal_()
+        if train_encoder:
+            model.teacher_encoder.model.pos_embed.mul_(2)
+    same.student.load_state_dict(model.teacher.state_dict())
+    if train_encoder:
+        same.encoder.load_state_dict(model.teacher_encoder.state_dict())
+    student = model.segment(model.encode(clips))
+    teacher = model.segment(model.encode(clips, use_teacher=True), use_teacher=True)
+    close(teacher.instance, same.segment(same.encode(clips)).instance)
+    assert not torch.allclose(student.instance, teacher.instance)
+
+
 def test_iterations_are_given_only_when_asked_for(build, clips):
     model = build()
     assert model.segment(model.encode(clips)).iterations is None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from objslot import objectives
 from objslot.errors import UserError
 from objslot.models import FrameFeatures
 
@@ -33,6 +34,7 @@ OPTIONS = [
     {"full_bptt": True},
     {"marginal": "caam"},
     {"marginal": "attention"},
+    {"teacher_temperature": 0.1},
     {"instances": 1},
     {"instances": 6},
     {"slots": 1},
@@ -65,6 +67,31 @@ def test_weights_of_the_terms(build, clips):
     model = build(semantic_weight=2.0, instance_weight=0.0, diversity_weight=0.5)
     found = losses(model, clips)
     torch.testing.assert_close(found["loss"], 2 * found["semantic"] + 0.5 * found["diversity"])
+
+
+def test_a_colder_teacher_gives_harder_targets(build, clips):
+    with torch.no_grad():
+        soft, hard, frozen = (
+            losses(build(teacher_temperature=temperature), clips)["semantic"]
+            for temperature in (1.0, 0.5, 1e-4)
+        )
+    model = build()
+    logits = []
+    model.student.slots.register_forward_hook(
+        lambda module, arguments, output: logits.append(output.semantic_logits)
+    )
+    model.teacher.slots.register_forward_hook(
+        lambda module, arguments, output: logits.append(output.semantic_logits)
+    )
+    losses(model, clips)
+    student, teacher = logits
+    winners = torch.nn.functional.one_hot(teacher.argmax(-2), 3).transpose(-1, -2)
+    keys = model.encode(clips.flip(-1) * 0.9).keys
+    torch.testing.assert_close(frozen, objectives.semantic_alignment_loss(student, winners, keys).detach())
+    torch.testing.assert_close(
+        soft, objectives.semantic_alignment_loss(student, teacher.softmax(-2), keys).detach()
+    )
+    assert not torch.allclose(soft, hard)
 
 
 def test_everything_that_should_learn_gets_a_gradient(build, clips):
