@@ -12,8 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from objslot.errors import UserError
-
 
 def option(help_text: str, metavar: str | None = None, default: object = None):
     """How a flag is shown by --help: its text, the name of its value, and a default worth showing."""
@@ -32,18 +30,8 @@ class Command:
         raise NotImplementedError
 
 
-def require_training_package() -> None:
-    """Raises UserError, saying what is missing, where encoders and models cannot be imported."""
-    from objslot.info import training_missing
-
-    missing = training_missing()
-    if missing is not None:
-        raise UserError(missing)
-
-
 def load_model(directory: Path):
     """The model in `directory`, ready to segment, on the GPU where there is one."""
-    require_training_package()
     import torch
 
     from objslot.models import SMTC

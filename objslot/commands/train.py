@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from objslot.commands._common import Command, option, require_training_package, say
+from objslot.commands._common import Command, option, say
 from objslot.errors import UserError
 
 # What a flag is called in the configuration of the model; the others are fields of the training run.
@@ -77,11 +78,12 @@ class Train(Command):
     resume: Annotated[bool, option("Go on from the newest checkpoint in --out.")] = False
 
     def run(self) -> None:
-        require_training_package()
         from objslot.training import train
 
         train(self.configuration(), self.data, self.out, resume=self.resume)
-        say(f"trained model -> {self.out}")
+        # Started by torchrun, one process speaks for all.
+        if os.environ.get("RANK", "0") == "0":
+            say(f"trained model -> {self.out}")
 
     def configuration(self):
         """The `TrainingConfig` of the flags, on top of the resumed run's where there is one."""
