@@ -28,7 +28,7 @@ def load() -> ModuleType | None:
     if module is None:
         warnings.warn(
             f"objslot runs on its slower reference backend: the compiled module is missing ({reason}). "
-            "Reinstall with a C++ compiler to build it.",
+            "Reinstall with a C++ compiler to build it; pip install -v shows what failed.",
             RuntimeWarning,
             stacklevel=2,
         )
