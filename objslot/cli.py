@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Union
 
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _parse(sys.argv[1:] if arguments is None else arguments)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return command.run() or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return command.run() or 0
     except KeyboardInterrupt:
         print("objslot: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -61,6 +64,10 @@ def _parse(arguments: Sequence[str]):
 
 def _terminate(number, frame) -> None:
     raise SystemExit(TERMINATED)
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"objslot: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _explain(error: Exception, debug: bool) -> int:

@@ -28,7 +28,12 @@ class Evaluate(Command):
         option("Instead of a model: a folder with one folder of indexed PNG masks a sequence.", "DIR"),
     ] = None
     sequences: Annotated[
-        str | None, option("Names of sequences, or a file with one name a line.", "A,B|FILE", "all")
+        str | None,
+        option(
+            "Names of sequences, or a file or list of the data set with one name a line.",
+            "A,B|FILE",
+            "the list val, or all",
+        ),
     ] = None
     protocols: Annotated[
         str, option("A label-free, B official, C oracle, semi-supervised.", "A,B,C", "A,B,C")
@@ -50,7 +55,7 @@ class Evaluate(Command):
         from objslot.viz.folders import fresh_folder
 
         protocols = check_protocols(name.strip() for name in self.protocols.split(",") if name.strip())
-        sequences = open_sequences(self.dataset, self.root, self._subset())
+        sequences = open_sequences(self.dataset, self.root, self.sequences)
         with fresh_folder(self.out) as folder:
             segment, baselines = self._methods(sequences)
             report, kept = EvaluationReport(folder), {}
@@ -80,11 +85,6 @@ class Evaluate(Command):
             _write_tables(folder, results)
         _print_table(results)
         say(f"figures, tables and pictures -> {self.out}")
-
-    def _subset(self) -> list[str] | str | None:
-        if self.sequences is None or Path(self.sequences).is_file():
-            return self.sequences
-        return [name.strip() for name in self.sequences.split(",") if name.strip()]
 
     def _settings(self) -> dict:
         from objslot import __version__

@@ -319,6 +319,24 @@ def test_debug_shows_a_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_warnings_are_one_line(data, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{names(data)[0]}\nabsent\n")
+    arguments = [
+        "evaluate",
+        "--dataset",
+        "davis2017",
+        "--root",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--predictions",
+    ]
+    arguments += [data / "Annotations" / "480p", "--sequences", tmp_path / "list.txt", "--protocols", "B"]
+    assert main([str(argument) for argument in arguments]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("objslot: warning:") and "absent" in line for line in lines) == 1
+
+
 def test_unexpected_errors_are_one_line_too(monkeypatch, capsys):
     def fail(check):
         raise KeyError("surprise")
