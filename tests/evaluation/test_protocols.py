@@ -52,6 +52,7 @@ def test_label_free_uses_the_foreground_alone():
     nothing = evaluate_sequence(VideoSegmentation("two", TWO), ArraySequence("two", TWO), merge_objects=True)
     assert scores(nothing, "A") == (0, 0)
     absent = VideoSegmentation("two", TWO, (2, 20))
+    assert evaluate_sequence(absent, ArraySequence("two", TWO), ["A"])["A"]["J"] == 0.5
     assert evaluate_sequence(absent, ArraySequence("two", TWO), ["A"], merge_objects=True)["A"]["J"] < 1
 
 
@@ -95,6 +96,17 @@ def test_oracle_draws_on_the_partition():
     assert scores(merged, "A") == scores(merged, "B") == (0, 0)
     single = evaluate_sequence(segmentation, sequence)
     assert single["C"]["J"] == 0.5
+
+
+@pytest.mark.parametrize(("inside", "chosen"), [(1, False), (6, True)])
+def test_oracle_takes_regions_whose_iou_with_the_object_exceeds_that_with_the_background(inside, chosen):
+    truth, region = np.zeros((1, H, W), np.uint8), np.zeros((1, H, W), np.uint8)
+    truth[:, 10:20, 10:30] = 1
+    region[:, 10:20, 30 - inside : 50 - inside] = 3  # 20 columns, `inside` of them on the object
+    region[:, 40:, :] = 4
+    sequence = ArraySequence("one", truth, merge_objects=True)
+    found = evaluate_sequence(VideoSegmentation("one", region), sequence, ["C"])["C"]["J"]
+    assert found == (pytest.approx(inside / (40 - inside)) if chosen else 0)
 
 
 def test_void_is_left_out_of_the_official_protocol_and_background_in_the_semi_supervised_one():

@@ -122,6 +122,17 @@ def test_tolerance_is_a_disk_of_radius_eight_at_480p(shift):
     assert (boundary_f(np.roll(truth, shift, (0, 1)), truth) == 1) == (np.hypot(*shift) <= 8)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "radius"),
+    [(75, 100, 1), (76, 100, 2), (250, 240, 3), (600, 620, 7), (1080, 1920, 18)],
+)
+def test_tolerance_is_rounded_up_from_the_diagonal(height, width, radius):
+    truth = np.zeros((height, width), bool)
+    truth[30, 30] = True
+    assert boundary_f(np.roll(truth, radius, 1), truth) == 1
+    assert boundary_f(np.roll(truth, radius + 1, 1), truth) < 1
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9, 40, 66, 71, 104, 300])
 def test_statistics(n):
     values = np.random.default_rng(n).random(n)
