@@ -11,30 +11,56 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-// Every assignment in lexicographic order; the first of several best ones stays.
-struct Enumeration {
-  const double* scores;
-  int64_t rows, columns;
-  int64_t choice[largest_enumerated] = {};
-  int64_t best[largest_enumerated] = {};
-  double best_total = 0;
-  bool found = false;
+// The places of every assignment in a problem, in lexicographic order: the first of several best ones wins.
+class Enumeration {
+ public:
+  Enumeration(int64_t rows, int64_t columns) : rows_(rows), columns_(columns) {
+    std::vector<int64_t> row(rows);
+    extend(row, 0);
+  }
 
-  void descend(int64_t row, unsigned taken, double total) {
-    if (row >= rows || row == largest_enumerated) {
-      if (found && !(total > best_total)) return;
-      found = true;
-      best_total = total;
-      for (int64_t i = 0; i < rows; ++i) best[i] = choice[i];
-      return;
-    }
-    for (int64_t column = 0; column < columns; ++column) {
-      if (taken >> column & 1) continue;
-      choice[row] = column;
-      const double score = scores[row * columns + column];
-      descend(row + 1, taken | 1u << column, row ? total + score : score);
+  void solve(const double* scores, int64_t* index) const {
+    switch (rows_) {
+      case 1: return best<1>(scores, index);
+      case 2: return best<2>(scores, index);
+      case 3: return best<3>(scores, index);
+      case 4: return best<4>(scores, index);
+      case 5: return best<5>(scores, index);
     }
   }
+
+ private:
+  void extend(std::vector<int64_t>& choice, int64_t row) {
+    if (row == rows_) {
+      for (int64_t i = 0; i < rows_; ++i) places_.push_back(i * columns_ + choice[i]);
+      return;
+    }
+    for (int64_t column = 0; column < columns_; ++column) {
+      bool taken = false;
+      for (int64_t i = 0; i < row; ++i) taken |= choice[i] == column;
+      if (taken) continue;
+      choice[row] = column;
+      extend(choice, row + 1);
+    }
+  }
+
+  template <int rows>
+  void best(const double* scores, int64_t* index) const {
+    const int64_t* winner = places_.data();
+    double most = -infinity;
+    const int64_t* const end = winner + places_.size();
+    for (const int64_t* place = winner; place != end; place += rows) {
+      double total = scores[place[0]];
+      for (int i = 1; i < rows; ++i) total += scores[place[i]];
+      const bool better = total > most;
+      winner = better ? place : winner;
+      most = better ? total : most;
+    }
+    for (int i = 0; i < rows; ++i) index[i] = winner[i] - i * columns_;
+  }
+
+  int64_t rows_, columns_;
+  std::vector<int64_t> places_;
 };
 
 // Shortest augmenting paths with dual prices (Jonker and Volgenant 1987), then exchanges along pairs of no reduced
@@ -165,19 +191,19 @@ bool defined(const double* scores, int64_t count) {
 }  // namespace
 
 void assign(const double* scores, int64_t count, int64_t rows, int64_t columns, int64_t* index, int threads) {
-  // A thread costs more than a few small problems.
-  const int useful = count * rows * columns < 4096 ? 1 : threads;
+  const bool enumerated = columns <= largest_enumerated;
+  const Enumeration enumeration(enumerated ? rows : 0, enumerated ? columns : 0);
+  // Waking a thread costs more than many small problems.
+  const int useful = enumerated && count < 4096 ? 1 : threads;
   parallel_for(count, useful, [&](int64_t first, int64_t last, int) {
-    Paths paths(columns > largest_enumerated ? rows : 0, columns > largest_enumerated ? columns : 0);
+    Paths paths(enumerated ? 0 : rows, enumerated ? 0 : columns);
     for (int64_t item = first; item < last; ++item) {
       const double* problem = scores + item * rows * columns;
       int64_t* out = index + item * rows;
       if (!defined(problem, rows * columns)) {
         for (int64_t i = 0; i < rows; ++i) out[i] = i;
-      } else if (columns <= largest_enumerated) {
-        Enumeration enumeration{problem, rows, columns};
-        enumeration.descend(0, 0, 0.0);
-        for (int64_t i = 0; i < rows; ++i) out[i] = enumeration.best[i];
+      } else if (enumerated) {
+        enumeration.solve(problem, out);
       } else {
         paths.solve(problem, out);
       }
