@@ -125,8 +125,9 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
         raise UserError(f"{video.name} has {done} readable frames, but {n_frames} were segmented")
     objects = stats.summary(segmentation.scores, segmentation.foreground)
     third = ["semantic map"] if maps.semantic is not None else ["slots"] if "slots" in layers else []
-    foreground = sum(track["foreground"] for track in objects)
-    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {foreground} foreground"
+    seen = {track["id"] for track in objects}
+    foreground = [int(k) for k in segmentation.foreground if k in seen]
+    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {len(foreground)} foreground"
     contact_sheet(
         rows,
         columns=["image", "objects", *third],
@@ -140,7 +141,7 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
         "width": width,
         "height": height,
         "fps": float(video.fps),
-        "foreground": [int(k) for k in segmentation.foreground],
+        "foreground": foreground,
         "objects": objects,
         "settings": settings,
     }

@@ -28,7 +28,7 @@ class Clip:
         tracks = np.zeros((self.n_frames, *self.size), np.uint8)
         for t in range(1, self.n_frames):
             tracks[t, 8:20, 4 * t : 4 * t + 12] = 7
-        return VideoSegmentation(self.name, tracks, foreground=(7,), scores={7: 0.75}, **others)
+        return VideoSegmentation(self.name, tracks, foreground=(9, 7), scores={7: 0.75}, **others)
 
 
 def test_the_folder_holds_what_was_segmented(tmp_path):
