@@ -57,7 +57,9 @@ class Train(Command):
     steps: Annotated[int | None, option("Optimiser steps.", "N", 10000)] = None
     batch_size: Annotated[int | None, option("Clips in a step.", "B", 8)] = None
     frames: Annotated[int | None, option("Frames in a clip.", "T", 4)] = None
-    resolution: Annotated[int | None, option("Side of a frame in pixels.", "PX", 256)] = None
+    resolution: Annotated[
+        str | None, option("Side of a frame in pixels, or its height and width.", "PX|HxW", 256)
+    ] = None
     slots: Annotated[int | None, option("Semantics, the slots of the first stage.", "N", 16)] = None
     instances: Annotated[int | None, option("Instances of each semantics.", "P", 4)] = None
     marginal: Annotated[
@@ -96,6 +98,8 @@ class Train(Command):
         given = {
             name: value for name, value in vars(self).items() if value is not None and value is not False
         }
+        if self.resolution is not None:
+            given["resolution"] = _frame_size(self.resolution)
         model = dataclasses.replace(
             model, **{_MODEL_FIELDS[n]: v for n, v in given.items() if n in _MODEL_FIELDS}
         )
@@ -112,3 +116,11 @@ class Train(Command):
             raise UserError(
                 f"{path}: not the configuration of a training run ({type(error).__name__})"
             ) from error
+
+
+def _frame_size(text: str) -> int | tuple[int, int]:
+    """"256" -> 256 and "252x448" -> (252, 448)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise UserError(f"--resolution: got {text!r}, expected pixels such as 256 or 252x448")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

@@ -109,15 +109,15 @@ class SMTCConfig:
     """Entropic regularisation of the transport plan."""
     sinkhorn_iterations: int = 3
     """Sinkhorn iterations of the transport plan."""
-    teacher_temperature: float = 1.0
-    """Temperature of the teacher's softmax over semantics in the alignment; below 1 masks sharpen sooner."""
+    teacher_temperature: float = 0.6
+    """Temperature of the teacher's softmax over semantics in the alignment; 1 is the paper's; below it masks sharpen sooner."""
     marginal: Literal["uniform", "caam", "attention"] = "uniform"
     """Mass of a position in the transport plan."""
     valid_similarity: float = 0.5
     """An instance is valid when the cosine to its semantics is above this."""
-    valid_threshold: float = 0.5
+    valid_threshold: float = 0.3
     """A position counts towards the area of a semantics when its mask is above this."""
-    valid_area: float = 0.2
+    valid_area: float = 0.02
     """A semantics is valid when its area, a share of the frame, is above this."""
     semantic_weight: float = 1.0
     """Weight of the semantic alignment loss."""

@@ -45,13 +45,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]):
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        make_readable(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_readable(path: Path | str):
+    """Give a temporary file, which only its owner can read, the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Tensor]]:

@@ -51,6 +51,7 @@ class SMTC(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         # A frozen encoder is the same on both sides: one module, one copy in memory and on disk.
         self.teacher_encoder = copy.deepcopy(self.encoder) if config.train_encoder else None
+        self.register_buffer("teacher_updates", torch.zeros((), dtype=torch.int64))
         if self.teacher_encoder is not None:
             self.teacher_encoder.set_training(False)
         self.train()
@@ -180,10 +181,17 @@ class SMTC(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self):
-        """Move the teacher towards the student; call it after every optimiser step."""
-        _follow(self.teacher, self.student, self.config.teacher_momentum)
+        """Move the teacher towards the student; call it after every optimiser step.
+
+        The momentum of update t is the configured one, or (1 + t) / (10 + t) while that is less: a teacher that
+        remembers its random start for a thousand steps would be of no use to a run of a thousand steps.
+        """
+        count = int(self.teacher_updates)
+        momentum = min(self.config.teacher_momentum, (1 + count) / (10 + count))
+        self.teacher_updates += 1
+        _follow(self.teacher, self.student, momentum)
         if self.teacher_encoder is not None and self.encoder.trains:
-            _follow(self.teacher_encoder, self.encoder, self.config.teacher_momentum)
+            _follow(self.teacher_encoder, self.encoder, momentum)
 
     def parameter_groups(self, lr: float, weight_decay: float, encoder_lr_scale: float) -> list[dict]:
         """What learns, for an optimiser: weight decay on matrices only, the encoder at a scaled rate."""

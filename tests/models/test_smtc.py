@@ -239,8 +239,19 @@ class TestTeacher:
         model.update_teacher()
         for (student, teacher), old in zip(pairs, before, strict=True):
             for new, previous, target in zip(teacher.parameters(), old, student.parameters(), strict=True):
-                torch.testing.assert_close(new, 0.9 * previous + 0.1 * target)
+                torch.testing.assert_close(new, 0.1 * previous + 0.9 * target)
         assert all(p.grad is None for _, teacher in pairs for p in teacher.parameters())
+
+    @pytest.mark.parametrize(("updates", "momentum"), [(0, 0.1), (90, 0.91), (891, 0.99), (10**6, 0.99)])
+    def test_the_momentum_rises_to_the_configured_one(self, build, updates, momentum):
+        model = build(teacher_momentum=0.99)
+        model.teacher_updates.fill_(updates)
+        with torch.no_grad():
+            model.student.slots.mu.add_(1)
+        before = model.teacher.slots.mu.clone()
+        model.update_teacher()
+        torch.testing.assert_close(model.teacher.slots.mu, before + 1 - momentum)
+        assert model.teacher_updates == updates + 1
 
     def test_teacher_stays_in_eval_mode(self, build):
         model = build(train_encoder=True)
