@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
 
 from objslot.ops import _checks
 from objslot.ops.slot_attention import slot_attention
@@ -12,10 +13,18 @@ UPDATES = ("residual", "gru")
 
 
 class Memory(NamedTuple):
-    """What the slots attend to in every iteration: keys (..., n, d) and values (..., n, e)."""
+    """What the slots attend to in every iteration, and the projections that go with it.
+
+    `keys` (..., n, d) and `values` (..., n, e). Folded, `keys` are the normalised inputs, `values` is None, and
+    the projections of keys and values are applied on the side of the slots.
+    """
 
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
+    key_weight: Tensor | None
+    key_bias: Tensor | None
+    value_weight: Tensor | None
+    value_bias: Tensor | None
 
 
 class SlotCore(nn.Module):
@@ -64,24 +73,47 @@ class SlotCore(nn.Module):
         self.gru = nn.GRUCell(width, width) if update == "gru" else None
         self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.ReLU(), nn.Linear(mlp_width, width))
 
-    def memory(self, x: Tensor) -> Memory:
-        """Keys and values of the inputs (..., n, input_width)."""
-        x = self.norm_inputs(x)
-        return Memory(self._split(self.key(x)), self._split(self.value(x)))
+    def memory(self, x: Tensor, rows: int) -> Memory:
+        """What `rows` slots of all stages and iterations together read from the inputs (..., n, input_width).
+
+        The LayerNorm's weight and bias go into the projections, which is exact. With fewer slots than positions
+        the projections are folded too: q (W x) = (q W) x and sum a (W x) = W (sum a x).
+        """
+        x = layer_norm(x, (self.input_width,), eps=self.norm_inputs.eps)
+        scale, shift = self.norm_inputs.weight, self.norm_inputs.bias
+        key_weight, value_weight = self.key.weight * scale, self.value.weight * scale
+        key_bias, value_bias = linear(shift, self.key.weight, self.key.bias), linear(
+            shift, self.value.weight, self.value.bias
+        )
+        if self.heads == 1 and rows < x.shape[-2]:
+            return Memory(x, None, key_weight, key_bias, value_weight, value_bias)
+        keys, values = linear(x, key_weight, key_bias), linear(x, value_weight, value_bias)
+        return Memory(self._split(keys), self._split(values), None, None, None, None)
 
     def step(
         self, slots: Tensor, memory: Memory, mask: Tensor | None, *, want_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One iteration: slots (..., g, p, width) and their logits (..., g, p, n), the mean over the heads."""
         query = self.query(self.norm_slots(slots))
+        bias = None
+        if memory.values is None:
+            bias = (query * self.scale) @ memory.key_bias.to(query.dtype)
+            query = query @ memory.key_weight.to(query.dtype)
         if self.heads > 1:
             query = query.unflatten(-1, (self.heads, -1)).movedim(-2, -4)
             mask = None if mask is None else mask.unsqueeze(-3)
+        dtype = memory.keys.dtype
         found = slot_attention(
-            query.to(memory.keys.dtype), memory.keys, memory.values, mask,
+            query.to(dtype), memory.keys, memory.values, mask,
+            bias=None if bias is None else bias.to(dtype),
             scale=self.scale, eps=self.eps, return_logits=want_logits,
         )  # fmt: skip
         updates, logits = found if want_logits else (found, None)
+        if memory.values is None:
+            updates = linear(updates, memory.value_weight.to(updates.dtype), memory.value_bias.to(updates.dtype))
+            if mask is not None:
+                # The bias must not reach a slot that has no position at all.
+                updates = updates * (mask != 0).any(-1)[..., None, None]
         if self.heads > 1:
             updates = updates.movedim(-4, -2).flatten(-2)
             logits = None if logits is None else logits.mean(-4)

@@ -131,7 +131,7 @@ class SemanticSlotAttention(SlotCore):
         iterations = self.iterations if iterations is None else iterations
         self.check_inputs(x, mask, iterations)
         noise = self._noise(x, noise, instances, generator)
-        memory = self.memory(x)
+        memory = self.memory(x, self.semantics * (1 + noise.shape[-2]) * iterations)
         settings = {
             "iterations": iterations,
             "only_last": not self.full_bptt,

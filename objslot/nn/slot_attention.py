@@ -114,7 +114,7 @@ class SlotAttention(SlotCore):
             initial = initial.expand(*x.shape[:-2], *initial.shape[-2:])
         final, logits, history = self.iterate(
             initial.unsqueeze(-3),
-            self.memory(x),
+            self.memory(x, initial.shape[-2] * iterations),
             None if mask is None else mask.unsqueeze(-2),
             iterations=iterations,
             only_last=self.gradient == "last",
