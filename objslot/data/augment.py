@@ -1,7 +1,7 @@
 """Photometric augmentation of whole clips: drawn per clip, applied to a batch in three tensor operations.
 
-Grayscale, colour jitter and Gaussian blur; the geometry stays untouched, so that the positions of two differently
-augmented views stay aligned. Every frame of a clip gets the same change.
+Grayscale, colour jitter and Gaussian blur; the geometry stays untouched, so that the positions of two
+differently augmented views stay aligned. Every frame of a clip gets the same change.
 """
 
 from dataclasses import dataclass
@@ -54,11 +54,12 @@ class Photometric:
 
 
 def augment(frames: Tensor, parameters: Tensor) -> Tensor:
-    """Change clips (B, T, 3, H, W), in [0, 1], as `parameters` (B, N_PARAMETERS) say; the result is in [0, 1].
+    """Change clips (B, T, 3, H, W), in [0, 1], as `parameters` (B, N_PARAMETERS) say; the result is in [0,
+    1].
 
-    Brightness, contrast and saturation blend with black, with the clip's mean luma and with each pixel's luma; the
-    hue turns in the YIQ plane. All are affine in the colour, so they are composed per clip, in the drawn order, into
-    one 3 x 3 matrix and an offset, and clipped once at the end.
+    Brightness, contrast and saturation blend with black, with the clip's mean luma and with each pixel's
+    luma; the hue turns in the YIQ plane. All are affine in the colour, so they are composed per clip, in the
+    drawn order, into one 3 x 3 matrix and an offset, and clipped once at the end.
     """
     matrix, offset = _colour_transform(frames.mean(dim=(1, 3, 4)), parameters)
     clips, length, _, height, width = frames.shape
@@ -102,7 +103,9 @@ def _colour_transform(mean: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]
         current = (matrix @ mean.unsqueeze(-1)).squeeze(-1) + offset
         pull = ((1 - factors[:, _CONTRAST]) * (current @ luma[0]))[:, None].expand_as(mean)
         step = candidates[rows, which]
-        offset = (step @ offset.unsqueeze(-1)).squeeze(-1) + torch.where((which == _CONTRAST)[:, None], pull, 0)
+        offset = (step @ offset.unsqueeze(-1)).squeeze(-1) + torch.where(
+            (which == _CONTRAST)[:, None], pull, 0
+        )
         matrix = step @ matrix
     to_gray = torch.where((gray > 0)[:, None, None], luma, identity)
     return to_gray @ matrix, (to_gray @ offset.unsqueeze(-1)).squeeze(-1)
@@ -126,7 +129,9 @@ def _blur(frames: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blur_matrix(side: int, sigma: Tensor) -> Tensor:
-    """(B, side, side): a Gaussian of deviation `sigma` (B,) cut at the border and summing to 1 at every pixel."""
+    """(B, side, side): a Gaussian of deviation `sigma` (B,) cut at the border and summing to 1 at every
+    pixel.
+    """
     position = torch.arange(side, device=sigma.device, dtype=torch.float32)
     distance = position[:, None] - position
     weight = torch.exp(-0.5 * (distance / sigma[:, None, None]).square())

@@ -1,7 +1,8 @@
-"""Training clips: which video, which frames and which augmentation are a pure function of (seed, sample number).
+"""Training clips: which video, which frames and which augmentation are a pure function of (seed, sample
+number).
 
-So a run can be resumed at any step, with any number of loader processes and of training processes, and sees the
-same clips in the same order.
+So a run can be resumed at any step, with any number of loader processes and of training processes, and sees
+the same clips in the same order.
 """
 
 import functools
@@ -72,10 +73,10 @@ def clip_positions(n_frames: int, frames: int, stride: int, random: np.random.Ge
 class ClipDataset(Dataset):
     """Clip number n of an endless, shuffled pass over ``videos``: every video once before any comes again.
 
-    An entry of ``videos`` may be an error, for a video that has gone. Item n is a dict: the tensors of the source;
-    "student" and "teacher", the augmentation drawn for either view (`augment.N_PARAMETERS`,), for a source of
-    pixels; "failures", pairs of video index and `UserError` for videos met on the way that cannot be used, in whose
-    place the next in order was taken. When none is left the item holds only its failures.
+    An entry of ``videos`` may be an error, for a video that has gone. Item n is a dict: the tensors of the
+    source; "student" and "teacher", the augmentation drawn for either view (`augment.N_PARAMETERS`,), for a
+    source of pixels; "failures", pairs of video index and `UserError` for videos met on the way that cannot
+    be used, in whose place the next in order was taken. When none is left the item holds only its failures.
     """
 
     def __init__(

@@ -22,9 +22,10 @@ def find_videos(
     """The videos under ``path``, found by looking, in natural order of their names.
 
     ``path`` is a video file, a folder of frames, a DAVIS root (``JPEGImages/480p`` or another resolution), a
-    YouTube-VOS root (``train/JPEGImages``), or a folder that holds video files and folders of frames at any depth.
-    Image files beside video files are taken for thumbnails. With ``check`` every video is indexed and every image
-    header read; a video that fails raises, or, where a list ``unusable`` is given, is left out and its error appended.
+    YouTube-VOS root (``train/JPEGImages``), or a folder that holds video files and folders of frames at any
+    depth. Image files beside video files are taken for thumbnails. With ``check`` every video is indexed and
+    every image header read; a video that fails raises, or, where a list ``unusable`` is given, is left out
+    and its error appended.
 
     Raises `UserError` if ``path`` does not exist or holds no usable video.
     """
@@ -104,5 +105,5 @@ def _unique_names(candidates: list[tuple[Path, str]]) -> list[str]:
     short = [name if item.is_dir() else str(Path(name).with_suffix("")) for item, name in candidates]
     return [
         (full if short.count(brief) > 1 else brief).replace("/", "__")
-        for (_, full), brief in zip(candidates, short)
+        for (_, full), brief in zip(candidates, short, strict=True)
     ]

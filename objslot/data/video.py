@@ -47,9 +47,9 @@ def natural_key(name: str) -> list:
 class Video(abc.ABC):
     """A sequence of RGB frames of one size.
 
-    Attributes: ``path``; ``name``, unique among the videos found together and safe as a folder name; ``n_frames``;
-    ``size``, (height, width) in pixels; ``fps``, frames per second (a nominal value for a folder of images).
-    Whatever is wrong with the files is raised as one `UserError`.
+    Attributes: ``path``; ``name``, unique among the videos found together and safe as a folder name;
+    ``n_frames``; ``size``, (height, width) in pixels; ``fps``, frames per second (a nominal value for a
+    folder of images). Whatever is wrong with the files is raised as one `UserError`.
     """
 
     def __init__(self, path: str | Path, name: str | None = None):
@@ -77,7 +77,9 @@ class Video(abc.ABC):
 
     @abc.abstractmethod
     def frames(self, start: int = 0) -> Iterator[torch.Tensor]:
-        """Frames from ``start`` to the end, one at a time: uint8 (H, W, 3). Memory does not grow with the length."""
+        """Frames from ``start`` to the end, one at a time: uint8 (H, W, 3). Memory does not grow with the
+        length.
+        """
 
     @abc.abstractmethod
     def check(self) -> None:
@@ -96,7 +98,9 @@ class Video(abc.ABC):
 
 
 class FrameFolder(Video):
-    """A folder of images, one a frame, in natural order of their names. Hidden files and broken links are ignored."""
+    """A folder of images, one a frame, in natural order of their names. Hidden files and broken links are
+    ignored.
+    """
 
     fps = FALLBACK_FPS
 
@@ -160,7 +164,9 @@ class FrameFolder(Video):
 
 @dataclass(frozen=True)
 class _Index:
-    """What one pass over the packets and one decoded frame tell about a video file, without decoding the rest."""
+    """What one pass over the packets and one decoded frame tell about a video file, without decoding the
+    rest.
+    """
 
     n_frames: int
     times: list[int] | None  # presentation times in display order; None where they are missing or not unique
@@ -170,10 +176,12 @@ class _Index:
 
 
 class VideoFile(Video):
-    """A video file, decoded on demand by PyAV; rotation metadata is applied, frames are counted rather than timed.
+    """A video file, decoded on demand by PyAV; rotation metadata is applied, frames are counted rather than
+    timed.
 
-    The packets are indexed once (no decoding), so that ``read`` lands on the exact frame after a seek, with variable
-    frame rates and reordered frames too. The object holds no open file and can be sent to another process.
+    The packets are indexed once (no decoding), so that ``read`` lands on the exact frame after a seek, with
+    variable frame rates and reordered frames too. The object holds no open file and can be sent to another
+    process.
     """
 
     def __init__(self, path: str | Path, name: str | None = None):
@@ -247,7 +255,7 @@ class VideoFile(Video):
         return keyframes[max(0, bisect.bisect_right(keyframes, position) - 1)] if keyframes else 0
 
     def _decode(self, start: int) -> Iterator[torch.Tensor]:
-        """Frames ``start`` to the end. A container may seek past the key frame asked for: then start earlier."""
+        """Frames ``start`` to the end; starts earlier where a container seeks too far."""
         key = self._keyframe_before(start)
         while True:
             with self._container() as container:

@@ -39,11 +39,18 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: SMTC, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    model: SMTC,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
 ) -> None:
     """Write the checkpoint of ``step``, then remove all but the ``keep`` newest.
 
-    ``state`` is JSON. Raises `UserError` when it cannot be written, for a full disk say; those there are stay whole.
+    ``state`` is JSON. Raises `UserError` when it cannot be written, for a full disk say; those there are stay
+    whole.
     """
     tensors = {f"model/{name}": tensor for name, tensor in _own_state(model).items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -58,7 +65,9 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         older = [checkpoint.step for checkpoint in list_checkpoints(folder)]
         whole = f"; the checkpoint of step {older[-1]} is whole, make room and resume" if older else ""
-        raise UserError(f"{folder}: the checkpoint of step {step} cannot be written ({reason(error)}){whole}") from error
+        raise UserError(
+            f"{folder}: the checkpoint of step {step} cannot be written ({reason(error)}){whole}"
+        ) from error
     for checkpoint in list_checkpoints(folder)[:-keep]:
         checkpoint.path.unlink(missing_ok=True)
 
@@ -71,7 +80,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: SMTC, optimizer: torch.optim.
     try:
         with safe_open(checkpoint.path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if state["step"] != checkpoint.step:
             raise ValueError(f"it says it is of step {state['step']}")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -82,7 +91,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: SMTC, optimizer: torch.optim.
         name for name in expected if tensors[name].shape != expected[name].shape
     ]
     if wrong:
-        raise UserError(f"{checkpoint.path}: of another model, {len(wrong)} tensors do not fit (such as {wrong[0]})")
+        raise UserError(
+            f"{checkpoint.path}: of another model, {len(wrong)} tensors do not fit (such as {wrong[0]})"
+        )
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])

@@ -37,10 +37,12 @@ def _count(least: int):
 
 def _number(holds, expected: str):
     return (
-        lambda value: isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and holds(value),
+        lambda value: (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and holds(value)
+        ),
         expected,
     )
 
@@ -69,7 +71,10 @@ _CHECKS = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training run. Raises `UserError` on construction, naming the field, what came and what was expected."""
+    """A training run.
+
+    Raises `UserError` on construction, naming the field, what came and what was expected.
+    """
 
     model: SMTCConfig = field(default_factory=SMTCConfig)
     """The model to train."""
@@ -132,23 +137,29 @@ class TrainingConfig:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device: got {self.device!r}, but no CUDA device can be used here")
         if self.model.n_other > self.frames - 1 and self.model.sampling == "other":
-            raise UserError(f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}")
+            raise UserError(
+                f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}"
+            )
         if self.cache_features and self.model.train_encoder:
-            raise UserError("cache_features: features cannot be stored while the encoder is trained (train_encoder)")
+            raise UserError(
+                "cache_features: features cannot be stored while the encoder is trained (train_encoder)"
+            )
         if self.batch_size % self.accumulate:
-            raise UserError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size = {self.batch_size}")
+            raise UserError(
+                f"accumulate: got {self.accumulate}, expected a divisor of batch_size = {self.batch_size}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as JSON gives them back."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def learning_rate_factor(self, step: int) -> float:
-        """What the learning rates are multiplied with at ``step``: a cosine from 1 at 0 to 0.1 at ``steps``."""
+        """What the learning rates are multiplied with: a cosine from 1 at step 0 to 0.1 at ``steps``."""
         return 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """"field: before -> now" for every field, of the model too, that a resumed run may not change."""
+    """ "field: before -> now" for every field, of the model too, that a resumed run may not change."""
     changes = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)

@@ -28,7 +28,8 @@ class World:
         """Clips that a process takes at a time when a batch is cut into ``parts`` in every process."""
         if batch_size % (self.size * parts):
             raise UserError(
-                f"batch_size: got {batch_size}, expected a multiple of processes x accumulate = {self.size} x {parts}"
+                f"batch_size: got {batch_size}, expected a multiple of processes x accumulate = "
+                f"{self.size} x {parts}"
             )
         return batch_size // (self.size * parts)
 
@@ -76,7 +77,8 @@ class World:
 def join(device: str) -> Iterator[World]:
     """The world that torchrun started this process in, or a world of one.
 
-    With torchrun every process takes the GPU of its local rank, or the CPU where ``device`` says so or there is none.
+    With torchrun every process takes the GPU of its local rank, or the CPU where ``device`` says so or there
+    is none.
     """
     cuda = torch.cuda.is_available() and device != "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))

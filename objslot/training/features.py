@@ -1,10 +1,12 @@
 """Features of a frozen encoder: computed on the way, or once for every video and stored on disk."""
 
+import copy
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,15 @@ from objslot.data.augment import normalise
 from objslot.data.clips import resize
 from objslot.errors import UserError
 from objslot.models.encoder import Encoder, FrameFeatures
+from objslot.models.files import make_readable
 from objslot.training.checkpoint import reason
 from objslot.training.distributed import World
 
 # Frames that go through the encoder at a time: bounds its memory, and is enough to keep a GPU busy.
 _CHUNK = 64
+# Temporary files, and the age in seconds at which one is certainly left over from a run that was killed.
+_WRITING = ".writing-"
+_STALE = 24 * 3600
 
 
 class FrozenEncoder:
@@ -31,7 +37,7 @@ class FrozenEncoder:
         self.encoder = encoder
         if self.dtype != torch.float32:
             # bfloat16 weights, not autocast: casting them on every call costs a third of the gain.
-            self.encoder = _copy(encoder, self.dtype)
+            self.encoder = copy.deepcopy(encoder).to(self.dtype)
         self._encode = torch.compile(self.encoder) if compile else self.encoder
 
     @torch.no_grad()
@@ -45,18 +51,13 @@ class FrozenEncoder:
         return FrameFeatures(torch.cat([part.keys for part in parts]).float(), None, attention, parts[0].grid)
 
 
-def _copy(encoder: Encoder, dtype: torch.dtype) -> Encoder:
-    import copy
-
-    return copy.deepcopy(encoder).to(dtype)
-
-
 class FeatureStore:
     """Stored features of videos: the source of clips for training without an encoder.
 
     Two files a video in a folder named after the encoder, its weights and the frame size: keys, float16
-    (frames, positions, D), and class-token attention, float32 (frames, positions), where there is one; each written
-    whole or not at all, and named after the video's path, size and time of change. Frames are not augmented.
+    (frames, positions, D), and class-token attention, float32 (frames, positions), where there is one; each
+    written whole or not at all, and named after the video's path, size and time of change. Frames are not
+    augmented.
     """
 
     augmentable = False
@@ -80,8 +81,8 @@ class FeatureStore:
     ) -> None:
         """Encode what is not stored yet, the videos shared out among the processes.
 
-        ``limit`` is in gigabytes. A video that cannot be read is left out; reading it then raises. Raises `UserError`
-        when the features would not fit the limit or the disk.
+        ``limit`` is in gigabytes. A video that cannot be read is left out; reading it then raises. Raises
+        `UserError` when the features would not fit the limit or the disk.
         """
         todo, lengths = [], {}
         for video in videos:
@@ -94,15 +95,16 @@ class FeatureStore:
         with world.leader_first():
             if world.leads:
                 self._require_room(sum(lengths.values()), limit)
+                self._clear_leftovers()
         done, mine = 0, todo[world.rank :: world.size]
         total = sum(lengths[video.name] for video in mine)
         for video in mine:
             try:
-                self._store(video, encode, world.device)
+                for count in self._store(video, encode, world.device):
+                    progress(done + count, total)
             except UserError as error:
                 self._reasons[video.name] = str(error)
             done += lengths[video.name]
-            progress(done, total)
         for reasons in world.gather(self._reasons):
             self._reasons |= reasons
 
@@ -127,7 +129,9 @@ class FeatureStore:
                 raise ValueError(f"shape {stored.shape}")
             return torch.from_numpy(np.array(stored[list(frames)]))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: stored features of {video.path} cannot be read ({reason(error)})") from error
+            raise UserError(
+                f"{path}: stored features of {video.path} cannot be read ({reason(error)})"
+            ) from error
 
     def _path(self, video: Video, what: str) -> Path:
         return self.folder / f"{video.identity()[:32]}.{what}.npy"
@@ -143,10 +147,18 @@ class FeatureStore:
         for most, name in ((limit, "cache_limit"), (free, "free space")):
             if needed > most:
                 raise UserError(
-                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, {name} is {most:.1f} GB"
+                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, "
+                    f"{name} is {most:.1f} GB"
                 )
 
-    def _store(self, video: Video, encode: FrozenEncoder, device: torch.device) -> None:
+    def _clear_leftovers(self) -> None:
+        # Another run may share the folder: what it is writing now is younger than this.
+        for leftover in self.folder.glob(f"{_WRITING}*"):
+            if time.time() - leftover.stat().st_mtime > _STALE:
+                leftover.unlink(missing_ok=True)
+
+    def _store(self, video: Video, encode: FrozenEncoder, device: torch.device) -> Iterator[int]:
+        """Encode and store one video; yields how many of its frames are done."""
         positions = self.grid[0] * self.grid[1]
         layout = {"attention": (np.float32, (video.n_frames, positions))} if self.has_attention else {}
         # The keys take their name last: where they are, the rest is too.
@@ -154,20 +166,30 @@ class FeatureStore:
         files = {}
         try:
             for what, (dtype, shape) in layout.items():
-                files[what] = tempfile.NamedTemporaryFile(dir=self.folder, prefix=".writing-", delete=False)  # noqa: SIM115
-                header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+                files[what] = tempfile.NamedTemporaryFile(dir=self.folder, prefix=_WRITING, delete=False)
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
                 np.lib.format.write_array_header_1_0(files[what], header)
+            done = 0
             for frames in _chunks(video, self.size):
                 found = encode(normalise(frames.to(device).float() / 255)[None])
                 files["keys"].write(found.keys[0].half().cpu().numpy().tobytes())
                 if self.has_attention:
                     files["attention"].write(found.cls_attention[0].float().cpu().numpy().tobytes())
+                done += len(frames)
+                yield done
             for what, file in files.items():
                 file.flush()
                 os.fsync(file.fileno())
+                make_readable(file.name)
                 os.replace(file.name, self._path(video, what))
         except OSError as error:
-            raise UserError(f"{self.folder}: features of {video.path} cannot be stored ({reason(error)})") from error
+            raise UserError(
+                f"{self.folder}: features of {video.path} cannot be stored ({reason(error)})"
+            ) from error
         finally:
             for file in files.values():
                 file.close()

@@ -24,8 +24,8 @@ class RunFolder:
 
     Attributes: ``path``; ``checkpoints``, their folder; ``newest``, the newest `Checkpoint` or None.
 
-    Raises `UserError` when the folder cannot be written, is in use, holds a run and ``resume`` is false, or holds one
-    whose configuration differs.
+    Raises `UserError` when the folder cannot be written, is in use, holds a run and ``resume`` is false, or
+    holds one whose configuration differs.
     """
 
     def __init__(self, path: str | Path, config: TrainingConfig, *, resume: bool):
@@ -37,7 +37,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written as an output folder ({reason(error)})") from error
+            raise UserError(
+                f"{self.path}: cannot be written as an output folder ({reason(error)})"
+            ) from error
         try:
             self._check_held(resume)
         except UserError:
@@ -73,15 +75,21 @@ class RunFolder:
         self._write_json(CONFIG, {**values, "model": plain.pop("model"), "training": plain})
 
     def order_videos(self, videos: Sequence[Video]) -> list[Video | UserError]:
-        """``videos`` in the order that the run began with; an error stands for one that is gone, new ones are left."""
+        """``videos`` in the order that the run began with; an error stands for one that is gone, new ones are
+        left.
+        """
         if not (self.path / _VIDEOS).exists():
             return list(videos)
         present = {video.name: video for video in videos}
         names = self._read_json(_VIDEOS).get("videos", [])
-        return [present.get(name, UserError(f"{name}: the video is gone since the run began")) for name in names]
+        return [
+            present.get(name, UserError(f"{name}: the video is gone since the run began")) for name in names
+        ]
 
     def keep_metrics(self, steps: int) -> int:
-        """Cut the metrics back to the first ``steps`` steps, a torn last line included; returns how many are left."""
+        """Cut the metrics back to the first ``steps`` steps, a torn last line included; returns how many are
+        left.
+        """
         path = self.path / METRICS
         kept = []
         if path.exists():
@@ -104,9 +112,9 @@ class RunFolder:
             raise UserError(f"{self.path / WEIGHTS} cannot be written ({reason(error)})") from error
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / _LOCK, "a+")  # noqa: SIM115  held while the run lasts
+        self._lock = open(self.path / _LOCK, "a+")
         try:
-            # A record lock belongs to this process alone: loader processes that outlive a kill do not hold it.
+            # A record lock belongs to this process alone: loaders that outlive a kill do not hold it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
@@ -121,7 +129,9 @@ class RunFolder:
                 raise UserError(f"{self.path}: holds {what} of something else; choose another folder")
             return
         if not resume:
-            raise UserError(f"{self.path}: holds a run already; resume it (--resume) or choose another folder")
+            raise UserError(
+                f"{self.path}: holds a run already; resume it (--resume) or choose another folder"
+            )
         before = {**values["training"], "model": values.get("model", {})}
         changes = changed_fields(before, self.config.to_dict())
         if changes:
@@ -148,7 +158,7 @@ class MetricsFile:
     """metrics.jsonl: one line of JSON a step, appended at once, made durable on ``sync``."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

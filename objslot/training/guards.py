@@ -16,7 +16,8 @@ from objslot.models.files import write_whole
 
 
 class Interruption:
-    """Turns the first Ctrl-C or SIGTERM into a request, so that a step can be finished and saved; use it as a context.
+    """Turns the first Ctrl-C or SIGTERM into a request, so that a step can be finished and saved; use it as a
+    context.
 
     A second signal acts at once. Outside the main thread signals are left alone.
     """
@@ -27,7 +28,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {
+                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_) -> None:
@@ -48,8 +51,8 @@ class Interruption:
 class UnusableVideos:
     """Counts the videos that cannot be used and stops the run when there are too many.
 
-    ``total`` videos were found; more than a share ``most`` of them unreadable is too many. Videos that are too short
-    are named and left out but not counted.
+    ``total`` videos were found; more than a share ``most`` of them unreadable is too many. Videos that are
+    too short are named and left out but not counted.
     """
 
     def __init__(self, total: int, most: float, say: Callable[[str], None]):
@@ -64,7 +67,7 @@ class UnusableVideos:
         return len(self._known)
 
     def note(self, key: int | str, error: UserError) -> None:
-        """A video, by any ``key`` of its own, cannot be used. Raises `UserError` when that is one too many."""
+        """A video, with a ``key`` of its own, cannot be used: `UserError` when that is one too many."""
         if key in self._known:
             return
         self._known.add(key)
@@ -77,8 +80,8 @@ class UnusableVideos:
         self._say(f"skipping a video: {error}")
         if self.unreadable > self.most * self.total:
             raise UserError(
-                f"{self.unreadable} of {self.total} videos cannot be read, more than max_unreadable = {self.most:g} "
-                f"allows; the first: {self._first}"
+                f"{self.unreadable} of {self.total} videos cannot be read, more than "
+                f"max_unreadable = {self.most:g} allows; the first: {self._first}"
             )
 
 

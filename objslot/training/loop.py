@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ def train(
 ) -> Path:
     """Train a model on the videos under ``data`` and return ``out``, which `SMTC.load` reads.
 
-    ``data`` is a path (see `find_videos`) or videos with different names. ``out`` gets config.json, metrics.jsonl (a
-    line a step), checkpoints/ and model.safetensors, the newest checkpoint's. With ``resume`` the run in ``out`` goes
-    on from its newest checkpoint; where there is none it begins. Started by torchrun, every process takes its share
-    of each batch.
+    ``data`` is a path (see `find_videos`) or videos with different names. ``out`` gets config.json,
+    metrics.jsonl (a line a step), checkpoints/ and model.safetensors, the newest checkpoint's. With
+    ``resume`` the run in ``out`` goes on from its newest checkpoint; where there is none it begins. Started
+    by torchrun, every process takes its share of each batch.
 
-    On Ctrl-C and on SIGTERM the step is finished and saved, then `KeyboardInterrupt` or `SystemExit` (143) raised.
-    Raises `UserError` for videos, weights or an output folder that will not do, and for losses that stay not finite.
+    On Ctrl-C and on SIGTERM the step is finished and saved, then `KeyboardInterrupt` or `SystemExit` (143)
+    raised. Raises `UserError` for videos, weights or an output folder that will not do, and for losses that
+    stay not finite.
     """
     with join(config.device) as world:
         folder = None
@@ -55,7 +57,11 @@ def train(
 
 
 def _run(
-    config: TrainingConfig, data: str | Path | Sequence[Video], out: Path, folder: RunFolder | None, world: World
+    config: TrainingConfig,
+    data: str | Path | Sequence[Video],
+    out: Path,
+    folder: RunFolder | None,
+    world: World,
 ) -> Path:
     share = world.share(config.batch_size, config.accumulate)
     unusable: list[UserError] = []
@@ -132,7 +138,9 @@ def _run(
                 generator.manual_seed(_number(config.seed, step, world.rank * config.accumulate + part))
                 last = part == config.accumulate - 1
                 with step_model.no_sync() if world.size > 1 and not last else nullcontext():
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    with torch.autocast(
+                        world.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+                    ):
                         terms = step_model(student, teacher, generator)
                     (terms["loss"] / config.accumulate).backward()
                 for name, value in terms.items():
@@ -151,14 +159,20 @@ def _run(
 
             record: dict[str, Any] = {"step": step, "skipped": failed}
             record |= {name: value if math.isfinite(value) else None for name, value in total.items()}
-            record |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - began, 6)}
+            record |= {
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - began, 6),
+            }
             if metrics:
                 metrics.write(record)
             reporter.step(record, config.batch_size * config.frames)
 
             if nonfinite == config.max_nonfinite:
                 kept = f"; its batch is in {save_failed_batch(out, step, batch, record)}" if folder else ""
-                raise UserError(f"the loss or its gradient was not finite {nonfinite} steps in a row, to step {step}{kept}")
+                raise UserError(
+                    f"the loss or its gradient was not finite {nonfinite} steps in a row, "
+                    f"to step {step}{kept}"
+                )
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps or interrupted:
                 save(done)
@@ -196,7 +210,7 @@ class _Views:
                 self.encode,
                 world,
                 limit=config.cache_limit,
-                progress=lambda done, total: reporter.say(f"stored the features of {done}/{total} frames"),
+                progress=partial(reporter.progress, "frames whose features are stored"),
             )
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor | FrameFeatures, Tensor | FrameFeatures]:
@@ -262,7 +276,8 @@ def _summary(
     went_on = f", from step {start}" if start else ""
     encoder = "trained" if config.model.train_encoder else "frozen"
     return (
-        f"{config.steps} steps{went_on}: {config.batch_size} clips of {config.frames} frames, {height} x {width} pixels, "
-        f"from {len(videos)} videos; {config.model.encoder} ({encoder}), {config.model.slots} x "
-        f"{config.model.instances} slots, {config.precision}, {world.size} x {world.device.type}"
+        f"{config.steps} steps{went_on}: {config.batch_size} clips of {config.frames} frames, "
+        f"{height} x {width} pixels, from {len(videos)} videos; {config.model.encoder} ({encoder}), "
+        f"{config.model.slots} x {config.model.instances} slots, {config.precision}, "
+        f"{world.size} x {world.device.type}"
     )

@@ -1,4 +1,6 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines in a log, TensorBoard where asked for."""
+"""What a person sees of a run: a progress bar on a terminal, plain lines in a log, TensorBoard where asked
+for.
+"""
 
 import sys
 import time
@@ -9,11 +11,15 @@ from typing import Any
 from objslot.errors import UserError
 
 _TERMS = ("loss", "semantic", "instance", "diversity")
+# Between two lines about work that has no steps.
+_SECONDS = 10.0
 _COLUMNS = "[progress.description]{task.description}", "{task.fields[terms]}", "{task.fields[speed]}"
 
 
 class Reporter:
-    """Shows the steps of a run; use it as a context. A ``silent`` one, of all processes but one, shows nothing."""
+    """Shows the steps of a run; use it as a context. A ``silent`` one, of all processes but one, shows
+    nothing.
+    """
 
     def __init__(
         self, steps: int, start: int, *, log_every: int, tensorboard: Path | None = None, silent: bool = False
@@ -21,9 +27,14 @@ class Reporter:
         self._steps = steps
         self._log_every = log_every
         self._silent = silent
+        self._told = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._bar = None if silent or not sys.stderr.isatty() else _progress_bar()
-        self._task = self._bar.add_task("training", total=steps, completed=start, terms="", speed="") if self._bar else None
+        self._task = (
+            self._bar.add_task("training", total=steps, completed=start, terms="", speed="")
+            if self._bar
+            else None
+        )
         self._events = None if silent or tensorboard is None else _event_writer(tensorboard, start)
 
     def __enter__(self) -> "Reporter":
@@ -44,6 +55,13 @@ class Reporter:
         elif not self._silent:
             print(text, file=sys.stderr, flush=True)
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far the work before the first step has got: a line every few seconds."""
+        now = time.monotonic()
+        if done == total or now - self._told >= _SECONDS:
+            self._told = now
+            self.say(f"{what}: {done}/{total}")
+
     def step(self, record: dict[str, Any], images: int) -> None:
         """A finished step: its line of metrics, and how many images it took."""
         if self._silent:
@@ -55,7 +73,9 @@ class Reporter:
             terms = "  ".join(f"{name} {record[name]:.4f}" for name in _TERMS)
         speed, left = self._speed(done)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, terms=terms, speed=f"{speed:.1f} images/s" if speed else "")
+            self._bar.update(
+                self._task, completed=done, terms=terms, speed=f"{speed:.1f} images/s" if speed else ""
+            )
         if done % self._log_every and done != self._steps:
             return
         if self._bar is None:
@@ -81,7 +101,9 @@ def _progress_bar():
 
     description, terms, speed = (TextColumn(column) for column in _COLUMNS)
     console = Console(stderr=True)
-    return Progress(description, BarColumn(), MofNCompleteColumn(), terms, speed, TimeRemainingColumn(), console=console)
+    return Progress(
+        description, BarColumn(), MofNCompleteColumn(), terms, speed, TimeRemainingColumn(), console=console
+    )
 
 
 def _event_writer(folder: Path, start: int):

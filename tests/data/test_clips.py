@@ -64,7 +64,9 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
 
 def test_every_video_comes_once_in_a_pass(tmp_path):
     dataset = ClipDataset(make_videos(tmp_path), PixelSource((8, 8)))
-    passes = [[int(dataset[n]["frames"][0, 0, 0, 0]) // 16 for n in range(5 * e, 5 * e + 5)] for e in range(4)]
+    passes = [
+        [int(dataset[n]["frames"][0, 0, 0, 0]) // 16 for n in range(5 * e, 5 * e + 5)] for e in range(4)
+    ]
     assert all(sorted(order) == list(range(5)) for order in passes)
     assert len({tuple(order) for order in passes}) > 1
 
@@ -154,7 +156,9 @@ class TestAugment:
         expected = (self.clip * 1.3) * 0.7 + 0.3 * self.luma(self.clip * 1.3).mean()
         torch.testing.assert_close(first, expected.clamp(0, 1))
         second = augment(self.clip, drawn(**factors, order=(1, 0, 2, 3)))
-        torch.testing.assert_close(second, ((self.clip * 0.7 + 0.3 * self.luma(self.clip).mean()) * 1.3).clamp(0, 1))
+        torch.testing.assert_close(
+            second, ((self.clip * 0.7 + 0.3 * self.luma(self.clip).mean()) * 1.3).clamp(0, 1)
+        )
 
     def test_blur_is_a_gaussian_that_keeps_a_flat_frame(self):
         flat = torch.full((1, 1, 3, 9, 12), 0.4)

@@ -1,4 +1,4 @@
-"""Reading videos: the right frame after every seek, layouts found by looking, one clear error for bad files."""
+"""Reading videos: the right frame after every seek, layouts found by looking, clear errors for bad files."""
 
 import os
 import pickle
@@ -23,7 +23,9 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
     return pixels
 
 
-def encode(path, n_frames=30, *, codec="libx264", pixel_format="yuv420p", times=None, container=None, **options):
+def encode(
+    path, n_frames=30, *, codec="libx264", pixel_format="yuv420p", times=None, container=None, **options
+):
     with av.open(str(path), "w", options=container or {}) as output:
         if codec == "libx264":
             options.setdefault("x264-params", "scenecut=0")
@@ -102,9 +104,11 @@ def test_seeking_decodes_from_a_near_key_frame(tmp_path, monkeypatch):
     assert converted[-1] == 25
 
 
-@pytest.mark.parametrize(("turn", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
+@pytest.mark.parametrize(
+    ("turn", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))]
+)
 def test_rotation_metadata(tmp_path, turn, matrix):
-    """A phone's portrait video: the display matrix in the track header turns the frames clockwise by `turn`."""
+    """A phone's portrait video: the matrix in the track header turns the frames clockwise by `turn`."""
     path = encode(tmp_path / "a.mp4", n_frames=3)
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 4 + 40
@@ -192,7 +196,9 @@ def test_layouts(tmp_path):
     assert names(tmp_path / "folders" / "cat") == ["cat"]
 
     for resolution in ("480p", "Full-Resolution"):
-        write_frames(tmp_path / "davis" / "JPEGImages" / resolution / "bear", 3 if resolution == "480p" else 2)
+        write_frames(
+            tmp_path / "davis" / "JPEGImages" / resolution / "bear", 3 if resolution == "480p" else 2
+        )
         write_frames(tmp_path / "davis" / "Annotations" / resolution / "bear")
     assert names(tmp_path / "davis") == ["bear"]
     assert find_videos(tmp_path / "davis")[0].n_frames == 3

@@ -23,7 +23,7 @@ _specification.loader.exec_module(run_module)
 TIMING = "seconds"
 
 
-def write_video(path: Path, seed: int, n_frames: int = 14) -> Path:
+def _write_video(path: Path, seed: int, n_frames: int = 14) -> Path:
     """A textured square that wanders over a textured ground."""
     random = np.random.default_rng(seed)
     ground, patch = random.integers(0, 255, (40, 40, 3)), random.integers(0, 255, (14, 14, 3))
@@ -39,6 +39,12 @@ def write_video(path: Path, seed: int, n_frames: int = 14) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def write_video():
+    """Writes one video: path, seed, n_frames."""
+    return _write_video
+
+
 @pytest.fixture
 def config():
     """Makes a TrainingConfig of the tiny model."""
@@ -50,17 +56,17 @@ def shared_videos(tmp_path_factory):
     """A folder of three videos that no test changes."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(3):
-        write_video(folder / f"v{number}.mp4", number)
+        _write_video(folder / f"v{number}.mp4", number)
     return folder
 
 
 @pytest.fixture
 def videos(tmp_path):
-    """A folder of three videos, and what makes one more."""
+    """A folder of three videos of the test's own."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for number in range(3):
-        write_video(folder / f"v{number}.mp4", number)
+        _write_video(folder / f"v{number}.mp4", number)
     return folder
 
 

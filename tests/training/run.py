@@ -18,7 +18,13 @@ from objslot.training import TrainingConfig, train
 
 def tiny_vit(pretrained: bool) -> VisionTransformer:
     return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=0, dynamic_img_size=True,
+        img_size=32,
+        patch_size=8,
+        embed_dim=12,
+        depth=2,
+        num_heads=3,
+        num_classes=0,
+        dynamic_img_size=True,
         drop_path_rate=0.2,
     )
 

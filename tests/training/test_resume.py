@@ -112,7 +112,9 @@ def test_what_a_finished_run_leaves(metrics, shared_videos, tmp_path, config):
     assert metrics(out) == before
 
 
-def test_a_resumed_run_takes_the_videos_it_began_with(metrics, videos, tmp_path, config, stopped_train, capfd):
+def test_a_resumed_run_takes_the_videos_it_began_with(
+    metrics, videos, tmp_path, config, stopped_train, capfd
+):
     """Neither a video that is gone nor a new one shifts the others."""
     settings = config(steps=12)
     stopped_train(settings, videos, tmp_path / "moved", 4)
@@ -131,8 +133,11 @@ def test_torn_metrics_and_leftovers_are_mended(metrics, shared_videos, tmp_path,
     out = tmp_path / "torn"
     stopped_train(config(), shared_videos, out, 3)
     with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 3, "loss": 1.0}) + '\n{"step": 4, "lo')
-    for leftover in (out / "checkpoints" / ".step-00000004.safetensors.ab12", out / ".model.safetensors.ab12"):
+        file.write(json.dumps({"step": 4, "loss": 1.0}) + "\n" + '{"step": 5, "lo')
+    for leftover in (
+        out / "checkpoints" / ".step-00000004.safetensors.ab12",
+        out / ".model.safetensors.ab12",
+    ):
         leftover.write_bytes(b"torn")
     train(config(), shared_videos, out, resume=True)
     assert metrics(out) == metrics(tmp_path / "whole")
