@@ -52,7 +52,9 @@ def colour_null(
     place = torch.stack([rows, columns], -1).reshape(1, -1, 2).expand(len(frames), -1, -1)
     features = torch.cat([frames.flatten(1, 2), place], -1)
     features = (features - features.mean((0, 1))) / features.std((0, 1)).clamp(min=1e-6)
-    regions = _clustered(features, features[..., :3], None, grid, clusters, seed)
+    # The constant beside the colour makes its length, not only its hue, change the direction.
+    colour = F.normalize(F.pad(frames.flatten(1, 2), (0, 1), value=0.5), dim=-1)
+    regions = _clustered(features, colour, None, grid, clusters, seed)
     return to_segmentation(regions, video, merge_foreground=merge_foreground)
 
 

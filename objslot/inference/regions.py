@@ -26,7 +26,7 @@ class RegionStatistics(NamedTuple):
     mass: Tensor
     """(R,): share of all positions of the video."""
     feature: Tensor
-    """(R, D): mean feature of the region."""
+    """(R, D): mean of the region's features of unit length."""
     attention: Tensor | None
     """(R,): mean class-token attention inside, relative to the frame's mean; None without a class token."""
     border: Tensor
@@ -54,7 +54,7 @@ class StatisticsSum:
         self._positions = 0
 
     def add(self, masks: Tensor, features: Tensor, attention: Tensor | None):
-        """Add T frames: masks (T, R, h, w), features (T, h * w, D), attention (T, h * w) or None."""
+        """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length, attention (T, h * w) or None."""
         flat = masks.flatten(2).double()
         border = _border(masks.shape[-2:]).to(flat)
         parts = {

@@ -110,7 +110,7 @@ class SMTCConfig:
     sinkhorn_iterations: int = 3
     """Sinkhorn iterations of the transport plan."""
     teacher_temperature: float = 0.6
-    """Temperature of the teacher's softmax over semantics in the alignment; 1 is the paper's; below it masks sharpen sooner."""
+    """Temperature of the teacher's softmax over semantics in the alignment: 1 in the paper, sharper below."""
     marginal: Literal["uniform", "caam", "attention"] = "uniform"
     """Mass of a position in the transport plan."""
     valid_similarity: float = 0.5
