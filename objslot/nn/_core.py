@@ -13,16 +13,17 @@ UPDATES = ("residual", "gru")
 
 
 class Memory(NamedTuple):
-    """What the slots attend to in every iteration, and the projections that go with it.
+    """What the slots attend to in every iteration, and the projections on the side of the slots.
 
-    `keys` (..., n, d) and `values` (..., n, e). Folded, `keys` are the normalised inputs, `values` is None, and
-    the projections of keys and values are applied on the side of the slots.
+    `keys` (..., n, d) and `values` (..., n, e). Folded, `keys` are the normalised inputs, `values` is None, the
+    query's projection holds that of the keys, its last row the key's bias, and the updates are still to be
+    projected to values.
     """
 
     keys: Tensor
     values: Tensor | None
-    key_weight: Tensor | None
-    key_bias: Tensor | None
+    query_weight: Tensor
+    query_bias: Tensor | None
     value_weight: Tensor | None
     value_bias: Tensor | None
 
@@ -82,23 +83,24 @@ class SlotCore(nn.Module):
         x = layer_norm(x, (self.input_width,), eps=self.norm_inputs.eps)
         scale, shift = self.norm_inputs.weight, self.norm_inputs.bias
         key_weight, value_weight = self.key.weight * scale, self.value.weight * scale
-        key_bias, value_bias = linear(shift, self.key.weight, self.key.bias), linear(
-            shift, self.value.weight, self.value.bias
-        )
+        key_bias = linear(shift, self.key.weight, self.key.bias)
+        value_bias = linear(shift, self.value.weight, self.value.bias)
         if self.heads == 1 and rows < x.shape[-2]:
-            return Memory(x, None, key_weight, key_bias, value_weight, value_bias)
+            # One product of weights, so that a slot passes through one projection and not two.
+            keys = torch.cat([key_weight.mT, key_bias.unsqueeze(0)])
+            query_bias = None if self.query.bias is None else keys @ self.query.bias
+            return Memory(x, None, keys @ self.query.weight, query_bias, value_weight, value_bias)
         keys, values = linear(x, key_weight, key_bias), linear(x, value_weight, value_bias)
-        return Memory(self._split(keys), self._split(values), None, None, None, None)
+        return Memory(self._split(keys), self._split(values), self.query.weight, self.query.bias, None, None)
 
     def step(
         self, slots: Tensor, memory: Memory, mask: Tensor | None, *, want_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One iteration: slots (..., g, p, width) and their logits (..., g, p, n), the mean over the heads."""
-        query = self.query(self.norm_slots(slots))
+        query = linear(self.norm_slots(slots), memory.query_weight, memory.query_bias)
         bias = None
         if memory.values is None:
-            bias = (query * self.scale) @ memory.key_bias.to(query.dtype)
-            query = query @ memory.key_weight.to(query.dtype)
+            query, bias = query[..., :-1], query[..., -1] * self.scale
         if self.heads > 1:
             query = query.unflatten(-1, (self.heads, -1)).movedim(-2, -4)
             mask = None if mask is None else mask.unsqueeze(-3)
@@ -110,7 +112,7 @@ class SlotCore(nn.Module):
         )  # fmt: skip
         updates, logits = found if want_logits else (found, None)
         if memory.values is None:
-            updates = linear(updates, memory.value_weight.to(updates.dtype), memory.value_bias.to(updates.dtype))
+            updates = linear(updates, memory.value_weight, memory.value_bias)
             if mask is not None:
                 # The bias must not reach a slot that has no position at all.
                 updates = updates * (mask != 0).any(-1)[..., None, None]
