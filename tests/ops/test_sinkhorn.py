@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from objslot.ops import _backends
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops.sinkhorn import reference, sinkhorn, sinkhorn_potentials
 
 BACKENDS = [name for name in ("reference", "cpu") if name in _backends.registered()["sinkhorn"]]
@@ -59,26 +60,33 @@ def guarded(scores, a, b, eps, n_iters):
     return reference.sinkhorn(scores, a, b, eps=eps, n_iters=n_iters)[0]
 
 
-def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain):
-    """Plan and gradients within twice the error that plain PyTorch makes in this dtype, or in rounding."""
+def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2):
+    """Plan and gradients within `factor` times the error that plain PyTorch makes in this dtype.
+
+    Where that happens to be nothing: within the rounding of the result and a few roundings of the exponents. In
+    float64 the oracle itself is no better than that.
+    """
     scores = scores.to(dtype)
-    a, b = a.to(reference.compute_dtype(dtype)), b.to(reference.compute_dtype(dtype))
+    a, b = a.to(compute_dtype(dtype)), b.to(compute_dtype(dtype))
     gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     wanted = oracle(scores, a, b, gradient, eps, n_iters)
 
     leaves = [tensor.clone().requires_grad_() for tensor in (scores, a, b)]
     plan = sinkhorn(*leaves, eps=eps, n_iters=n_iters, backend=backend)
     found = plan, *torch.autograd.grad(plan, leaves, gradient)
-    loop = [tensor.to(reference.compute_dtype(dtype)).requires_grad_() for tensor in (scores, a, b)]
+    loop = [tensor.to(compute_dtype(dtype)).requires_grad_() for tensor in (scores, a, b)]
     own = plain(*loop, eps, n_iters).to(dtype)
     own = own, *torch.autograd.grad(own, loop, gradient)
     moved = wanted[0] * gradient.double().abs()
     a, b = (mass.double().clamp_min(1e-300) for mass in (a, b))
     terms = wanted[0], moved / eps, moved.sum(-1) / a, moved.sum(-2) / b
+    exponent = scores.abs().max().item() / eps * torch.finfo(loop[0].dtype).eps
+    exponent *= 16 if dtype == torch.float64 else 2
     for name, value, plain_value, exact, size in zip(NAMES, found, own, wanted, terms, strict=True):
         assert value.isfinite().all(), name
         error, plain_error = distance(value, exact, size), distance(plain_value.to(value.dtype), exact, size)
-        assert error <= 2 * plain_error + 8 * torch.finfo(value.dtype).eps, (name, error, plain_error)
+        allowed = max(factor * plain_error, exponent) + 8 * torch.finfo(value.dtype).eps
+        assert error <= allowed, (name, error, plain_error)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,13 +124,17 @@ def test_an_element_that_underflows_does_not_change_its_neighbours(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_iterations(backend):
-    check(backend, torch.float32, cosines(1, 30, 30), masses(1, 30), masses(1, 30, seed=3), 0.01, 1000)
+    # The rounding of the plan is the same in all of them and adds up in the gradient.
+    options = {"eps": 0.01, "n_iters": 1000, "factor": 4}
+    check(backend, torch.float32, cosines(1, 30, 30), masses(1, 30), masses(1, 30, seed=3), **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_are_exact_and_rows_converge(backend, dtype):
-    plan, error = sinkhorn(cosines(2, 30, 20).to(dtype), eps=0.5, n_iters=50, return_error=True, backend=backend)
+    plan, error = sinkhorn(
+        cosines(2, 30, 20).to(dtype), eps=0.5, n_iters=50, return_error=True, backend=backend
+    )
     precision = torch.finfo(dtype).eps
     torch.testing.assert_close(
         plan.double().sum(-2), torch.full((2, 20), 1 / 20).double(), rtol=4 * precision, atol=1e-6
@@ -244,7 +256,9 @@ def test_marginals_and_gradients_may_be_expanded(backend):
     found = torch.autograd.grad(plan.sum(), (scores, a, b))
     wanted, _ = reference.sinkhorn(scores, a, b)
     torch.testing.assert_close(plan, wanted)
-    torch.testing.assert_close(found, torch.autograd.grad(wanted.sum(), (scores, a, b)), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(wanted.sum(), (scores, a, b)), rtol=1e-7, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,12 +270,10 @@ def test_an_empty_batch(backend):
     assert torch.autograd.grad(plan.sum(), scores)[0].shape == scores.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", [(1, 300, 290), (5, 130, 70)])
 def test_the_result_does_not_depend_on_the_threads(backend, threads, shape):
-    if backend == "reference":
-        pytest.skip("PyTorch makes no such promise")
     scores = cosines(*shape).float().requires_grad_()
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     results = []
@@ -283,7 +295,7 @@ def test_the_result_does_not_depend_on_the_threads(backend, threads, shape):
 def test_potentials_rebuild_the_plan(backend, dtype, eps):
     scores = cosines(2, 21, 34).to(dtype)
     f, g = sinkhorn_potentials(scores, eps=eps, backend=backend)
-    assert f.dtype == g.dtype == reference.compute_dtype(dtype)
+    assert f.dtype == g.dtype == compute_dtype(dtype)
     found = reference.scalings(scores.double(), None, None, eps=eps, n_iters=3)
     scale = scores.abs().max().item() / eps
     torch.testing.assert_close(f.double(), found.f[-1], rtol=0, atol=4 * scale * torch.finfo(f.dtype).eps)

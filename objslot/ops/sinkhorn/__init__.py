@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _checks
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops.sinkhorn import autograd
-from objslot.ops.sinkhorn.reference import compute_dtype
 
 __all__ = ["facts", "sinkhorn", "sinkhorn_potentials"]
 
@@ -28,12 +28,13 @@ def sinkhorn(
     it neither overflows nor vanishes at a small eps.
 
     Args:
-        scores: (..., n, m) similarities, larger is better (the negative of a cost); float16, bfloat16, float32
-            or float64. The half types are computed in float32.
+        scores: (..., n, m) similarities, larger is better (the negative of a cost); float16, bfloat16,
+            float32 or float64. The half types are computed in float32.
         a: (..., n) mass of every row, not negative, in the dtype of the scores or of the arithmetic; leading
             dimensions broadcast. Default: 1 / n each. A row of mass zero is masked: its plan is zero, and so
             are the gradients of its scores and its mass.
-        b: (..., m) mass of every column, likewise. Default: 1 / m each.
+        b: (..., m) mass of every column, likewise. Default: 1 / m each. The plan of a column of mass zero is
+            zero, but as y starts from 1 everywhere its scores count when the rows are set for the first time.
         eps: strength of the entropy, in the unit of the scores.
         n_iters: iterations; with `tol` the most that are made.
         tol: an element of the batch stops as soon as its marginal error is not above `tol`.
@@ -48,7 +49,7 @@ def sinkhorn(
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
     a, b = _checked(scores, a, b, eps, n_iters, tol)
-    plan, _, _, _, error = torch.ops.objslot.sinkhorn(
+    plan, _, _, error, *_ = torch.ops.objslot.sinkhorn(
         scores, a, b, eps, n_iters, tol, _needs_gradient(scores, a, b), True, return_error, backend
     )
     return (plan, error) if return_error else plan
@@ -74,10 +75,10 @@ def sinkhorn_potentials(
         the dtype of the scores; -inf where the mass is zero. With `return_error` also the error (...).
     """
     a, b = _checked(scores, a, b, eps, n_iters, tol)
-    _, f, g, _, error = torch.ops.objslot.sinkhorn(
+    _, f, g, error, *_ = torch.ops.objslot.sinkhorn(
         scores, a, b, eps, n_iters, tol, _needs_gradient(scores, a, b), False, return_error, backend
     )
-    return (f[-1], g[-1], error) if return_error else (f[-1], g[-1])
+    return (f, g, error) if return_error else (f, g)
 
 
 def facts(

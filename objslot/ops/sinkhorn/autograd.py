@@ -4,21 +4,23 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _backends, _checks, _native
+from objslot.ops._dtypes import compute_dtype
 from objslot.ops.sinkhorn import reference
-from objslot.ops.sinkhorn.reference import compute_dtype
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
-# f and g hold the potentials after every iteration (history) or after the last one. plan, count and error are
-# empty unless store_plan, tol, and return_error or tol ask for them.
+# The results are plan, f, g, error, and what the backward needs of the iterations: history_f, history_g, count,
+# in a form that belongs to the backend. A result that is not asked for is empty; with store_plan f and g are, and
+# without it the plan.
 _library.define(
     "sinkhorn(Tensor scores, Tensor? a, Tensor? b, float eps, int n_iters, float? tol, bool history, "
-    "bool store_plan, bool return_error, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool store_plan, bool return_error, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "sinkhorn_backward(Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, Tensor scores, Tensor? a, Tensor? b, "
-    "Tensor plan, Tensor f, Tensor g, Tensor count, float eps, int n_iters, float? tol, str? backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    "sinkhorn_backward(Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, Tensor scores, Tensor? a, "
+    "Tensor? b, Tensor plan, Tensor history_f, Tensor history_g, Tensor count, float eps, int n_iters, "
+    "float? tol, str? backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -47,17 +49,26 @@ def _implementation(backend: str):
 
 
 class _Reference:
-    """The reference behind the interface that the kernels share."""
+    """The reference behind the interface that the kernels share; its backward starts anew from the scores."""
 
     @staticmethod
     def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error):
         found = reference.scalings(scores, a, b, eps=eps, n_iters=n_iters, tol=tol)
-        plan = reference.plan(scores, found.f[-1], found.g[-1], eps=eps) if store_plan else None
-        f, g = (found.f, found.g) if history else (found.f[-1:], found.g[-1:])
-        return plan, f, g, found.count if tol is not None else None, found.error if return_error else None
+        f, g = found.f[-1], found.g[-1]
+        return {
+            "plan": reference.plan(scores, f, g, eps=eps) if store_plan else None,
+            "f": None if store_plan else f,
+            "g": None if store_plan else g,
+            "error": found.error if return_error else None,
+            "history_f": scores.new_zeros((1 + n_iters, *f.shape), dtype=f.dtype) if history else None,
+            "history_g": scores.new_zeros((n_iters, *g.shape), dtype=f.dtype) if history else None,
+            "count": found.count if history else None,
+        }
 
     @staticmethod
-    def backward(grad_plan, grad_f, grad_g, scores, a, b, plan, f, g, count, eps, n_iters, tol):
+    def backward(
+        grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol
+    ):
         return differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iters, tol)
 
 
@@ -69,7 +80,9 @@ def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iter
         if not again:
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
-        leaves = [None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs]
+        leaves = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.requires_grad_() for t in inputs
+        ]
         found = reference.scalings(*leaves, eps=eps, n_iters=n_iters, tol=tol)
         outputs, gradients = [], []
         if grad_plan is not None:
@@ -90,83 +103,88 @@ def _sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error
         if mass is not None and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()):
             _checks.non_negative(name, mass)
     name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
-    plan, f, g, count, error = _implementation(name).forward(
-        scores, a, b, eps, n_iters, tol, history, store_plan, return_error
-    )
-    return (
-        _or_empty(plan, scores),
-        f.contiguous(),
-        g.contiguous(),
-        scores.new_empty(0, dtype=torch.int64) if count is None else count,
-        f.new_empty(0) if error is None else error.contiguous(),
+    found = _implementation(name).forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error)
+    dtypes = _dtypes(scores)
+    return tuple(
+        scores.new_empty(0, dtype=dtypes[name]) if found[name] is None else found[name].contiguous()
+        for name in dtypes
     )
 
 
-def _or_empty(tensor, like):
-    return like.new_empty(0) if tensor is None else tensor.contiguous()
+def _dtypes(scores):
+    """The results of the op in their order."""
+    dtype = compute_dtype(scores.dtype)
+    names = ("f", "g", "error", "history_f", "history_g")
+    return {"plan": scores.dtype, **dict.fromkeys(names, dtype), "count": torch.int64}
 
 
 def _sinkhorn_backward(
-    grad_plan, grad_f, grad_g, scores, a, b, plan, f, g, count, eps, n_iters, tol, backend
+    grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol, backend
 ):
     name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
     grads = _implementation(name).backward(
-        grad_plan, grad_f, grad_g, scores, a, b, plan, f, g, count, eps, n_iters, tol
+        grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol
     )
-    return tuple(_or_empty(grad, f if index else scores) for index, grad in enumerate(grads))
+    like = (scores, history_f, history_f)
+    return tuple(
+        t.new_empty(0) if grad is None else grad.contiguous() for t, grad in zip(like, grads, strict=True)
+    )
 
 
 def _fake_sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, backend):
     *batch, n, m = scores.shape
-    dtype = compute_dtype(scores.dtype)
-    kept = n_iters if history else 1
-    return (
-        scores.new_empty((*batch, n, m) if store_plan else 0),
-        scores.new_empty((kept, *batch, n), dtype=dtype),
-        scores.new_empty((kept, *batch, m), dtype=dtype),
-        scores.new_empty(batch if tol is not None else 0, dtype=torch.int64),
-        scores.new_empty(batch if return_error else 0, dtype=dtype),
-    )
+    shapes = {
+        "plan": (*batch, n, m) if store_plan else 0,
+        "f": 0 if store_plan else (*batch, n),
+        "g": 0 if store_plan else (*batch, m),
+        "error": batch if return_error else 0,
+        "history_f": (1 + n_iters, *batch, n) if history else 0,
+        "history_g": (n_iters, *batch, m) if history else 0,
+        "count": batch if history else 0,
+    }
+    return tuple(scores.new_empty(shapes[name], dtype=dtype) for name, dtype in _dtypes(scores).items())
 
 
-def _fake_backward(grad_plan, grad_f, grad_g, scores, a, b, plan, f, g, count, eps, n_iters, tol, backend):
+def _fake_backward(
+    grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol, backend
+):
     return (
         scores.new_empty(scores.shape),
-        f.new_empty(0 if a is None else f.shape[1:]),
-        f.new_empty(0 if b is None else g.shape[1:]),
+        history_f.new_empty(0 if a is None else history_f.shape[1:]),
+        history_f.new_empty(0 if b is None else history_g.shape[1:]),
     )
 
 
 def _setup_context(ctx, inputs, output):
     scores, a, b, eps, n_iters, tol, history, store_plan, _, backend = inputs
-    plan, f, g, count, error = output
-    ctx.save_for_backward(scores, a, b, plan, f, g, count)
+    plan, _, _, error, *iterations = output
+    ctx.save_for_backward(scores, a, b, plan, *iterations)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
     backend = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
-    ctx.settings = eps, n_iters, tol, backend
-    ctx.history, ctx.store_plan = history, store_plan
+    ctx.settings = eps, n_iters, tol
+    ctx.history, ctx.store_plan, ctx.backend = history, store_plan, backend
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(count, error)
+    ctx.mark_non_differentiable(error, *iterations)
 
 
-def _backward(ctx, grad_plan, grad_f, grad_g, grad_count, grad_error):
-    scores, a, b, plan, f, g, count = ctx.saved_tensors
-    eps, n_iters, tol, backend = ctx.settings
+def _backward(ctx, grad_plan, grad_f, grad_g, *_):
+    scores, a, b, plan, *iterations = ctx.saved_tensors
     nothing = (None,) * 7
+    if ctx.store_plan:
+        grad_f = grad_g = None
+    else:
+        grad_plan = None
     if grad_plan is None and grad_f is None and grad_g is None:
         return (None, None, None, *nothing)
-    grad_plan = grad_plan if ctx.store_plan else None
-    grad_f = None if grad_f is None else grad_f[-1]
-    grad_g = None if grad_g is None else grad_g[-1]
+    grads = (grad_plan, grad_f, grad_g)
     if torch.is_grad_enabled():
-        grads = differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iters, tol)
-        return (*grads, *nothing)
+        return (*differentiable_backward(*grads, scores, a, b, *ctx.settings), *nothing)
     if not ctx.history:
         raise RuntimeError("objslot::sinkhorn was called with history=False, so it has no gradient")
-    grads = torch.ops.objslot.sinkhorn_backward(
-        grad_plan, grad_f, grad_g, scores, a, b, plan, f, g, count, eps, n_iters, tol, backend
+    found = torch.ops.objslot.sinkhorn_backward(
+        *grads, scores, a, b, plan, *iterations, *ctx.settings, ctx.backend
     )
-    return (grads[0], None if a is None else grads[1], None if b is None else grads[2], *nothing)
+    return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 
 def _why_not_cpu(*, device, **facts):
@@ -181,4 +199,5 @@ torch.library.register_fake("objslot::sinkhorn", _fake_sinkhorn, lib=_library)
 torch.library.register_fake("objslot::sinkhorn_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("objslot::sinkhorn", _backward, setup_context=_setup_context, lib=_library)
 
+_backends.register("sinkhorn", "cpu", _why_not_cpu)
 _backends.register("sinkhorn", "reference", lambda **facts: None)

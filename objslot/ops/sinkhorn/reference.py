@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from objslot.ops._dtypes import compute_dtype
+
 _NOTHING = float("-inf")
 
 
@@ -24,11 +26,6 @@ class Scalings(NamedTuple):
     g: Tensor
     count: Tensor
     error: Tensor
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float32 for the half types, otherwise the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def scalings(
@@ -105,7 +102,9 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
 
 def _potential(log_mass: Tensor, lse: Tensor) -> Tensor:
     nothing = (log_mass == _NOTHING) | (lse == _NOTHING)
-    return torch.where(nothing, _NOTHING, torch.where(nothing, 0.0, log_mass) - torch.where(nothing, 0.0, lse))
+    return torch.where(
+        nothing, _NOTHING, torch.where(nothing, 0.0, log_mass) - torch.where(nothing, 0.0, lse)
+    )
 
 
 def _exponentiate(logits: Tensor, f: Tensor, g: Tensor) -> Tensor:

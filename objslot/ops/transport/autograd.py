@@ -50,11 +50,17 @@ class _Reference:
 
     @staticmethod
     def forward(x, y, values, a, b, eps, n_iters, similarity, history):
-        out = reference.sinkhorn_transport(x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity)
+        out = reference.sinkhorn_transport(
+            x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity
+        )
         kept = n_iters if history else 0
         dtype = compute_dtype(x.dtype)
         # The backward of the reference starts anew from x and y: the potentials stay unused.
-        return out, x.new_zeros((kept, *x.shape[:-1]), dtype=dtype), x.new_zeros((kept, *y.shape[:-1]), dtype=dtype)
+        return (
+            out,
+            x.new_zeros((kept, *x.shape[:-1]), dtype=dtype),
+            x.new_zeros((kept, *y.shape[:-1]), dtype=dtype),
+        )
 
     @staticmethod
     def backward(grad, x, y, values, a, b, f, g, eps, n_iters, similarity):
@@ -73,7 +79,9 @@ def differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity):
         if not again:
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
-        leaves = [None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs]
+        leaves = [
+            None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs
+        ]
         out = reference.sinkhorn_transport(*leaves, eps=eps, n_iters=n_iters, similarity=similarity)
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
@@ -157,6 +165,8 @@ _library.impl("alignment", _alignment, "CompositeExplicitAutograd")
 torch.library.register_fake("objslot::sinkhorn_transport", _fake_transport, lib=_library)
 torch.library.register_fake("objslot::sinkhorn_transport_backward", _fake_backward, lib=_library)
 torch.library.register_fake("objslot::alignment", _fake_alignment, lib=_library)
-torch.library.register_autograd("objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library
+)
 
 _backends.register("sinkhorn_transport", "reference", lambda **facts: None)

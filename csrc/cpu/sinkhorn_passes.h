@@ -1,0 +1,191 @@
+// What the Sinkhorn kernels share: one element of the batch, the memory they work in, sweeps over a few rows.
+#pragma once
+
+#include "objslot/threads.h"
+#include "sinkhorn_simd.h"
+
+namespace objslot::OBJSLOT_ISA {
+
+// Column sums are made for this many rows at a time and then added in order, whichever thread made them: the
+// result does not depend on the number of threads.
+constexpr int64_t chunk_rows = 64;
+// Rows that one sweep handles together, so that weights are loaded once for all of them.
+constexpr int block = 4;
+
+template <class T>
+constexpr T ln2 = T(0.693147180559945309417);
+template <class T>
+constexpr T log2_e = T(1.44269504088896340736);
+
+// Hands out parts of the workspace; from a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  OBJSLOT_INLINE_MEMBER T* take(int64_t count) {
+    char* part = base ? base + used : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(part);
+  }
+};
+
+// One matrix of the batch and its marginals.
+template <class T>
+struct Matrix {
+  const void* scores;
+  Element element;
+  int64_t offset, row_stride, n, m, columns;  // columns: m rounded up to whole vectors
+  T scale;                                    // log2(e) / eps
+  T inverse_eps;
+  const T* a;                                 // null: a0 each
+  const T* b;
+  T a0, b0;
+
+  OBJSLOT_INLINE_MEMBER const T* row(int64_t i, T* buffer) const {
+    return read_row<T>(scores, element, offset + i * row_stride, m, buffer);
+  }
+  OBJSLOT_INLINE_MEMBER T a_at(int64_t i) const { return a ? a[i] : a0; }
+  OBJSLOT_INLINE_MEMBER int64_t chunks() const { return (n + chunk_rows - 1) / chunk_rows; }
+};
+
+template <class T>
+static Matrix<T> element_of(const SinkhornProblem& p, int64_t index) {
+  return {p.scores,
+          p.element,
+          index * p.batch_stride,
+          p.row_stride,
+          p.n,
+          p.m,
+          padded<T>(p.m),
+          T(1.44269504088896340736 / p.eps),
+          T(1 / p.eps),
+          p.a ? static_cast<const T*>(p.a) + index * p.a_stride : nullptr,
+          p.b ? static_cast<const T*>(p.b) + index * p.b_stride : nullptr,
+          T(1) / T(p.n),
+          T(1) / T(p.m)};
+}
+
+// Calls visit(chunk, worker) for every chunk of rows.
+template <class T, class Visit>
+OBJSLOT_INLINE void for_chunks(const Matrix<T>& matrix, int threads, const Visit& visit) {
+  parallel_for(matrix.chunks(), threads, [&](int64_t begin, int64_t end, int worker) {
+    const FlushSubnormals flush;
+    for (int64_t chunk = begin; chunk < end; ++chunk) visit(chunk, worker);
+  });
+}
+
+template <class T>
+OBJSLOT_INLINE int64_t end_of_chunk(const Matrix<T>& matrix, int64_t chunk) {
+  const int64_t end = (chunk + 1) * chunk_rows;
+  return end < matrix.n ? end : matrix.n;
+}
+
+// Fetches the next matrix into the cache, a little with every block of rows, while this one is worked on.
+struct Prefetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int64_t step = 0;
+  OBJSLOT_INLINE_MEMBER void advance() {
+    for (const char* stop = next + step; next < stop && next < end; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// sums[r] = sum over j of rows[r][j] * weights[j]; the weights are padded with zeros.
+template <class T, int R>
+OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, int64_t m, T* sums) {
+  Vec<T> total[R] = {};
+  const int64_t whole = m / width<T> * width<T>;
+  for (int64_t j = 0; j < whole; j += width<T>) {
+    const Vec<T> weight = load(weights + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] = fused(weight, load(rows + r * stride + j), total[r]);
+  }
+  if (whole < m) {
+    const Vec<T> weight = load(weights + whole);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = sum_lanes<T>(total[r]);
+}
+
+// sums[j] += sum over r of factors[r] * rows[r][j]; sums is padded.
+template <class T, int R>
+OBJSLOT_INLINE void add_rows(const T* rows, int64_t stride, const T* factors, int64_t m, T* sums) {
+  Vec<T> factor[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) factor[r] = broadcast(factors[r]);
+  const int64_t whole = m / width<T> * width<T>;
+  for (int64_t j = 0; j < whole; j += width<T>) {
+    Vec<T> even = load(sums + j), odd{};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += 2) {
+      even = fused(factor[r], load(rows + r * stride + j), even);
+      if (r + 1 < R) odd = fused(factor[r + 1], load(rows + (r + 1) * stride + j), odd);
+    }
+    store(sums + j, R > 1 ? even + odd : even);
+  }
+  if (whole < m) {
+    Vec<T> sum = load(sums + whole);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum = fused(factor[r], load_first(rows + r * stride + whole, m - whole), sum);
+    store(sums + whole, sum);
+  }
+}
+
+template <class T>
+OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t left) {
+  return left < width<T> ? load_first(p, left) : load(p);
+}
+
+template <class T>
+OBJSLOT_INLINE void fill(T* p, int64_t count, T value) {
+  for (int64_t j = 0; j < count; ++j) p[j] = value;
+}
+
+template <class T>
+OBJSLOT_INLINE T largest(const T* p, int64_t count) {
+  T top = -std::numeric_limits<T>::infinity();
+  int64_t j = 0;
+  if (count >= width<T>) {
+    Vec<T> tops = load(p);
+    for (; j + width<T> <= count; j += width<T>) tops = larger(load(p + j), tops);
+    top = largest_lane<T>(larger(load(p + count - width<T>), tops));
+    return top;
+  }
+  for (; j < count; ++j)
+    if (p[j] > top) top = p[j];
+  return top;
+}
+
+// Writes count numbers of a row, past the caches where `streamed`; a row need not be aligned.
+template <class T>
+OBJSLOT_INLINE void copy_row(T* target, const T* row, int64_t count, bool streamed) {
+  int64_t j = 0;
+  if (streamed) {
+    const int64_t offset = reinterpret_cast<uintptr_t>(target) % OBJSLOT_VECTOR_BYTES / sizeof(T);
+    const int64_t head = offset ? width<T> - offset : 0;
+    for (; j < head && j < count; ++j) target[j] = row[j];
+    for (; j + width<T> <= count; j += width<T>) stream(target + j, load(row + j));
+  } else {
+    for (; j + width<T> <= count; j += width<T>) store(target + j, load(row + j));
+  }
+  if (j < count) store_first(target + j, load_first(row + j, count - j), count - j);
+}
+
+// The logarithm of a scaling, and of its offset in powers of two, as a natural logarithm.
+template <class T>
+OBJSLOT_INLINE void potentials(const T* scaling, const T* offset, int64_t count, T* out) {
+  for (int64_t j = 0; j < count; j += width<T>) {
+    const int64_t left = count - j;
+    Vec<T> value = log2<T>(load_upto(scaling + j, left));
+    if (offset) value += load_upto(offset + j, left);
+    value *= ln2<T>;
+    if (left < width<T>)
+      store_first(out + j, value, left);
+    else
+      store(out + j, value);
+  }
+}
+
+}  // namespace objslot::OBJSLOT_ISA

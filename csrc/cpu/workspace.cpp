@@ -1,0 +1,67 @@
+#include "objslot/workspace.h"
+
+#include <cstdlib>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace objslot {
+
+namespace {
+
+constexpr int64_t page = 4096;
+constexpr int64_t huge_page = int64_t{2} << 20;
+constexpr int64_t most_kept = int64_t{64} << 20;
+
+void* allocate(int64_t bytes) {
+  const int64_t unit = bytes < huge_page ? page : huge_page;
+  const int64_t size = (bytes + unit - 1) / unit * unit;
+  void* data = std::aligned_alloc(unit, size);
+  if (!data) throw std::bad_alloc();
+  prefer_huge_pages(data, size);
+  return data;
+}
+
+struct Kept {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept;
+
+}  // namespace
+
+Workspace::Workspace(int64_t bytes) : kept_(bytes <= most_kept) {
+  if (!kept_) {
+    data_ = allocate(bytes);
+    return;
+  }
+  if (kept.bytes < bytes) {
+    std::free(kept.data);
+    kept = {};
+    kept.data = allocate(bytes);
+    kept.bytes = bytes;
+  }
+  data_ = kept.data;
+}
+
+Workspace::~Workspace() {
+  if (!kept_) std::free(data_);
+}
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  // A refusal only costs time.
+  if (begin < end && bytes >= huge_page)
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+}  // namespace objslot
