@@ -1,5 +1,6 @@
 """The part of the model that student and teacher have one each of, and what it finds."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,11 +74,18 @@ class SlotBranch(nn.Module):
 
 
 def random_noise(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Standard normal noise on `device`, drawn where the generator lives."""
-    source = device if generator is None else generator.device
-    return torch.randn(shape, device=source, generator=generator).to(device)
+    """Standard normal noise (B, ...) on `device`; of several generators each draws for one of the B clips."""
+    if isinstance(generator, Sequence):
+        return torch.stack([random_noise(shape[1:], device, one) for one in generator])
+    if generator is not None and generator.device.type != device.type:
+        # Drawing millions of numbers on the CPU would take longer than a step on a GPU.
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, device=device, generator=generator)
 
 
 def seeded_noise(semantics: int, instances: int, width: int, seed: int) -> Tensor:

@@ -109,7 +109,7 @@ class SMTCConfig:
     """Entropic regularisation of the transport plan."""
     sinkhorn_iterations: int = 3
     """Sinkhorn iterations of the transport plan."""
-    teacher_temperature: float = 0.6
+    teacher_temperature: float = 0.7
     """Temperature of the teacher's softmax over semantics in the alignment: 1 in the paper, sharper below."""
     marginal: Literal["uniform", "caam", "attention"] = "uniform"
     """Mass of a position in the transport plan."""

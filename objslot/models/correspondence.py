@@ -1,5 +1,7 @@
 """Temporal correspondence between frames, and its fusion with the features of a frame."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,11 +10,17 @@ from objslot.errors import UserError
 
 
 def draw_other_frames(
-    clips: int, frames: int, count: int, *, sampling: str = "other", generator: torch.Generator | None = None
+    clips: int,
+    frames: int,
+    count: int,
+    *,
+    sampling: str = "other",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """(B, T, count) int64: `count` different other frames for every frame of every clip; with "self", itself.
 
-    Drawn on the CPU, so that a seed gives the same frames on every device. Raises `UserError` when a clip
+    Drawn on the CPU, so that a seed gives the same frames on every device; of several generators each draws
+    for one clip. Raises `UserError` when a clip
     has fewer than `count` other frames.
     """
     if sampling == "self":
@@ -21,7 +29,11 @@ def draw_other_frames(
         raise UserError(
             f"n_other: got {count}, expected at most {frames - 1} other frames in clips of {frames}"
         )
-    order = torch.rand(clips, frames, frames - 1, generator=generator).argsort(dim=-1)[..., :count]
+    if isinstance(generator, Sequence):
+        drawn = torch.stack([torch.rand(frames, frames - 1, generator=one) for one in generator])
+    else:
+        drawn = torch.rand(clips, frames, frames - 1, generator=generator)
+    order = drawn.argsort(dim=-1)[..., :count]
     return order + (order >= torch.arange(frames).view(1, frames, 1))
 
 

@@ -6,6 +6,7 @@ Videos, ICCV 2023.
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,12 +78,12 @@ class SMTC(nn.Module):
         self,
         student: Tensor | FrameFeatures,
         teacher: Tensor | FrameFeatures,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> dict[str, Tensor]:
         """Losses on B clips of T frames, each seen by the student and, augmented otherwise, by the teacher.
 
-        Frames are (B, T, 3, H, W), normalised; features come from `encode`. `generator` draws the frames that
-        correspond and the noise of the instances.
+        Frames are (B, T, 3, H, W), normalised; features come from `encode`. `generator`, or one for
+        each clip, draws the frames that correspond and the noise of the instances.
 
         Returns scalars: loss (weighted sum), semantic, instance, diversity; without gradient valid_share
         (valid student instances) and fusion_ratio (|E| / |F|). Raises `UserError` for clips that do not fit
@@ -183,11 +184,12 @@ class SMTC(nn.Module):
     def update_teacher(self):
         """Move the teacher towards the student; call it after every optimiser step.
 
-        The momentum of update t is the configured one, or (1 + t) / (10 + t) while that is less: a teacher that
-        remembers its random start for a thousand steps would be of no use to a run of a thousand steps.
+        The momentum of update t is the configured one, or max(0.99, (1 + t) / (10 + t)) while that is less: a
+        teacher that remembers its random start for a thousand steps would be of no use to a run of a thousand
+        steps, and one that hardly remembers lets all positions fall to one semantics.
         """
         count = int(self.teacher_updates)
-        momentum = min(self.config.teacher_momentum, (1 + count) / (10 + count))
+        momentum = min(self.config.teacher_momentum, max(0.99, (1 + count) / (10 + count)))
         self.teacher_updates += 1
         _follow(self.teacher, self.student, momentum)
         if self.teacher_encoder is not None and self.encoder.trains:

@@ -239,12 +239,12 @@ class TestTeacher:
         model.update_teacher()
         for (student, teacher), old in zip(pairs, before, strict=True):
             for new, previous, target in zip(teacher.parameters(), old, student.parameters(), strict=True):
-                torch.testing.assert_close(new, 0.1 * previous + 0.9 * target)
+                torch.testing.assert_close(new, 0.9 * previous + 0.1 * target)
         assert all(p.grad is None for _, teacher in pairs for p in teacher.parameters())
 
-    @pytest.mark.parametrize(("updates", "momentum"), [(0, 0.1), (90, 0.91), (891, 0.99), (10**6, 0.99)])
+    @pytest.mark.parametrize(("updates", "momentum"), [(0, 0.99), (1791, 0.995), (10**6, 0.999)])
     def test_the_momentum_rises_to_the_configured_one(self, build, updates, momentum):
-        model = build(teacher_momentum=0.99)
+        model = build()
         model.teacher_updates.fill_(updates)
         with torch.no_grad():
             model.student.slots.mu.add_(1)
