@@ -16,6 +16,9 @@ from objslot.models.branch import IterationMaps, SlotMaps
 from objslot.models.config import SMTCConfig
 from objslot.models.encoder import Encoder, FrameFeatures, build_encoder, register_encoder
 from objslot.models.smtc import SMTC
+from objslot.models.tiny_encoder import NAME, create_tiny_encoder
+
+register_encoder(NAME, create_tiny_encoder)
 
 __all__ = [
     "SMTC",
