@@ -77,4 +77,5 @@ PYBIND11_MODULE(_native, module) {
   bind_sinkhorn(module);
   objslot::bind_slot_attention(module);
   objslot::bind_assign(module);
+  objslot::bind_propagate(module);
 }

@@ -1,6 +1,7 @@
 // Names, checks and casts for the ops on slots.
 #include "bindings.h"
 #include "objslot/assign.h"
+#include "objslot/propagate.h"
 #include "objslot/slot_attention.h"
 
 namespace py = pybind11;
@@ -90,6 +91,29 @@ void objslot::bind_assign(py::module_& module) {
         if (count < 0 || rows < 1 || rows > columns) throw std::invalid_argument("assign: sizes out of range");
         objslot::assign(pointer<const double>("scores", scores, count > 0), count, rows, columns,
                         pointer<int64_t>("index", index, count > 0), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// ---- propagate ----
+
+void objslot::bind_propagate(py::module_& module) {
+  module.def(
+      "propagate",
+      [](std::array<int, 2> types, std::array<int64_t, 6> sizes, std::array<std::uintptr_t, 4> tensors,
+         std::array<int64_t, 3> settings, double temperature, int threads) {
+        const auto [batch, frames, height, width, features, classes] = sizes;
+        const auto [radius, topk, n_global] = settings;
+        if (batch < 0 || frames < 1 || height < 1 || width < 1 || features < 1 || classes < 0 || radius < 1 || topk < 1)
+          throw std::invalid_argument("propagate: sizes out of range");
+        if ((types[0] == 3) != (types[1] == 3)) throw std::invalid_argument("propagate: float64 with another type");
+        const bool some = batch > 0;
+        objslot::propagate({element(types[0]), element(types[1]), batch, frames, height, width, features, classes,
+                            pointer<const char>("query", tensors[0], some),
+                            pointer<const char>("keys", tensors[1], some),
+                            pointer<const char>("labels", tensors[2], some && classes > 0), radius, topk, n_global,
+                            temperature},
+                           pointer<char>("out", tensors[3], some && classes > 0), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }

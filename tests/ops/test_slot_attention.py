@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from slot_cases import DTYPES, check_budget, evaluate, noise, soft_mask
 
 from objslot.ops import _backends, slot_attention, slot_softmax
-from slot_cases import DTYPES, check_budget, evaluate, noise, soft_mask
 
 BACKENDS = _backends.registered()["slot_attention"]
 CPU = [name for name in ("reference", "cpu") if name in BACKENDS]

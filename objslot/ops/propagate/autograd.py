@@ -5,7 +5,7 @@ from torch import Tensor
 
 from objslot.ops import _autocast, _backends
 from objslot.ops._second_order import register_second_order
-from objslot.ops.propagate import reference
+from objslot.ops.propagate import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
 _SETTINGS = "int radius, int topk, float temperature, int n_global, str? backend"
@@ -16,6 +16,7 @@ _lib.define(
 )
 
 _backends.register("propagate", "reference", lambda **facts: None)
+_backends.register("propagate", "cpu", native.why_not)
 
 
 def facts(query: Tensor, keys: Tensor, labels: Tensor, radius: int, topk: int) -> dict:
@@ -32,7 +33,8 @@ def facts(query: Tensor, keys: Tensor, labels: Tensor, radius: int, topk: int) -
 
 
 def _forward(query, keys, labels, radius, topk, temperature, n_global, backend):
-    _backends.select("propagate", backend, **facts(query, keys, labels, radius, topk))
+    if _backends.select("propagate", backend, **facts(query, keys, labels, radius, topk)) == "cpu":
+        return native.forward(query, keys, labels, radius, topk, temperature, n_global)
     with _autocast.disabled(query.device):
         return reference.bounded(query, keys, labels, radius, topk, temperature, n_global).contiguous()
 
