@@ -92,22 +92,32 @@ def test_without_a_compiler_it_installs_says_so_and_computes(tree, tmp_path):
     assert done.stderr.count("RuntimeWarning: objslot runs on its slower reference backend") == 1
 
 
+@pytest.fixture
+def small_tree(tree):
+    """`tree` without its kernels: a module that links in seconds and is not loaded."""
+    for path in (tree / "csrc" / "cpu").glob("*.kernel.cpp"):
+        path.unlink()
+    return tree
+
+
 @pytest.mark.slow
-def test_a_second_build_survives_the_tools_of_the_first(tree, tmp_path):
+def test_a_second_build_survives_the_tools_of_the_first(small_tree, tmp_path):
     ninja = shutil.which("ninja", path=TOOLS)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "ninja").symlink_to(ninja)
-        wheel, _ = build(tree, "wheel", PATH=f"{tmp_path / name}{os.pathsep}{TOOLS}", CUDACXX="/bin/false")
+        wheel, _ = build(
+            small_tree, "wheel", PATH=f"{tmp_path / name}{os.pathsep}{TOOLS}", CUDACXX="/bin/false"
+        )
         assert modules(wheel) == ["_native"]
         shutil.rmtree(tmp_path / name)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_cuda_sources_that_do_not_compile_are_left_out(tree):
-    (tree / "csrc" / "cuda").mkdir(exist_ok=True)
-    (tree / "csrc" / "cuda" / "broken.cu").write_text("this is not CUDA\n")
-    wheel, output = build(tree, "wheel")
+def test_cuda_sources_that_do_not_compile_are_left_out(small_tree):
+    (small_tree / "csrc" / "cuda").mkdir(exist_ok=True)
+    (small_tree / "csrc" / "cuda" / "broken.cu").write_text("this is not CUDA\n")
+    wheel, output = build(small_tree, "wheel")
     assert modules(wheel) == ["_native"]
     assert "objslot._cuda does not compile and is left out" in output
