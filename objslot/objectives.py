@@ -138,7 +138,18 @@ def instance_alignment_loss(
     match_valid = teacher_valid.unsqueeze(1).expand(match.shape).gather(-1, match)
     term = unmatched - match_valid * matched
     counted = student_valid.unsqueeze(2).expand(match.shape)
-    return torch.where(counted, term, 0).sum() / counted.sum().clamp_min(1)
+    # The sum is 0 too where the count is.
+    return torch.where(counted, term, 0).sum() / _mean_over_processes(counted.sum()).clamp_min(1e-6)
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """Makes the mean of the processes' losses the loss of their clips together."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return count.float()
+    total = count.float()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def diversity_loss(semantic: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ suddenly, continues from its newest checkpoint exactly as if it had not been.
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -98,10 +98,13 @@ def _run(
 
     views = _Views(config, model, videos, out, world, reporter)
     dataset = ClipDataset(videos, views.source, frames=config.frames, stride=config.stride, seed=config.seed)
-    batches = _sample_numbers(config, start, world, share)
+    batches = (
+        list(_sample_numbers(config, step, part, world, share))
+        for step in range(start, config.steps)
+        for part in range(config.accumulate)
+    )
     clips = load_clips(dataset, batches, workers=_workers(config), pin_memory=world.device.type == "cuda")
     metrics = MetricsFile(out / METRICS) if folder else None
-    generator = torch.Generator()
 
     def save(step: int) -> None:
         if folder:
@@ -135,13 +138,14 @@ def _run(
                 for index, error in batch.pop("failures"):
                     tally.note(index, error)
                 student, teacher = views(batch)
-                generator.manual_seed(_number(config.seed, step, world.rank * config.accumulate + part))
+                numbers = _sample_numbers(config, step, part, world, share)
+                generators = [torch.Generator().manual_seed(_number(config.seed, n)) for n in numbers]
                 last = part == config.accumulate - 1
                 with step_model.no_sync() if world.size > 1 and not last else nullcontext():
                     with torch.autocast(
                         world.device.type, torch.bfloat16, enabled=config.precision == "bf16"
                     ):
-                        terms = step_model(student, teacher, generator)
+                        terms = step_model(student, teacher, generators)
                     (terms["loss"] / config.accumulate).backward()
                 for name, value in terms.items():
                     total[name] = total.get(name, 0.0) + value.item() / config.accumulate
@@ -244,12 +248,10 @@ def _wrap(model: SMTC, config: TrainingConfig, world: World) -> nn.Module:
     )
 
 
-def _sample_numbers(config: TrainingConfig, start: int, world: World, share: int) -> Iterator[list[int]]:
-    """This process's clips, part by part: each clip of each step belongs to one part of one process."""
-    for step in range(start, config.steps):
-        first = step * config.batch_size + world.rank * config.accumulate * share
-        for part in range(config.accumulate):
-            yield list(range(first + part * share, first + (part + 1) * share))
+def _sample_numbers(config: TrainingConfig, step: int, part: int, world: World, share: int) -> range:
+    """The clips of a part of this process's share of a step: each clip belongs to one part of one process."""
+    first = step * config.batch_size + (world.rank * config.accumulate + part) * share
+    return range(first, first + share)
 
 
 def _gradient_norm(model: nn.Module) -> Tensor:
