@@ -504,9 +504,13 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
         make_row(row, t, i, w.earlier_g, before);
         T product;
         dot_rows<T, 1>(now, columns, share, columns, &product);
+        Vec<T> total{};
+        for (int64_t j = 0; j < m; j += width<T>) total += load_upto(before + j, m - j);
         const T start = t == g.count - 1 ? w.grad_f[i] : T(0);
-        const T factor = g.x(t)[i] == nothing ? T(0) : (start - product) / matrix.a_at(i);
-        w.grad_a[i] += factor;
+        const bool masked = g.x(t)[i] == nothing;
+        w.grad_a[i] += masked ? T(0) : (start - product) / matrix.a_at(i);
+        // Not by a: weights that sum to one exactly keep rounding from growing with the iterations.
+        const T factor = masked ? T(0) : (start - product) / sum_lanes<T>(total);
         add_rows<T, 1>(before, columns, &factor, columns, sums);
         for (int64_t j = 0; j < columns; j += width<T>) {
           T* entry = w.plan + i * columns + j;

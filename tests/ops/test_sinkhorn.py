@@ -63,8 +63,8 @@ def guarded(scores, a, b, eps, n_iters):
 def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2):
     """Plan and gradients within `factor` times the error that plain PyTorch makes in this dtype.
 
-    Where that happens to be nothing: within the rounding of the result and a few roundings of the exponents. In
-    float64 the oracle itself is no better than that.
+    Where that happens to be nothing: within the rounding of the result and a few roundings of the exponents.
+    In float64 the oracle itself is no better than that.
     """
     scores = scores.to(dtype)
     a, b = a.to(compute_dtype(dtype)), b.to(compute_dtype(dtype))

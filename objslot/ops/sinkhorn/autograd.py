@@ -9,9 +9,9 @@ from objslot.ops.sinkhorn import reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
-# The results are plan, f, g, error, and what the backward needs of the iterations: history_f, history_g, count,
-# in a form that belongs to the backend. A result that is not asked for is empty; with store_plan f and g are, and
-# without it the plan.
+# The results are plan, f, g, error, and what the backward needs of the iterations: history_f, history_g and
+# count, in a form that belongs to the backend. A result that is not asked for is empty; with store_plan f and g
+# are, and without it the plan.
 _library.define(
     "sinkhorn(Tensor scores, Tensor? a, Tensor? b, float eps, int n_iters, float? tol, bool history, "
     "bool store_plan, bool return_error, str? backend) "
@@ -54,7 +54,7 @@ class _Reference:
     @staticmethod
     def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error):
         found = reference.scalings(scores, a, b, eps=eps, n_iters=n_iters, tol=tol)
-        f, g = found.f[-1], found.g[-1]
+        f, g = found.f[-1].clone(), found.g[-1].clone()
         return {
             "plan": reference.plan(scores, f, g, eps=eps) if store_plan else None,
             "f": None if store_plan else f,
@@ -187,7 +187,8 @@ def _backward(ctx, grad_plan, grad_f, grad_g, *_):
     return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 
-def _why_not_cpu(*, device, **facts):
+def why_not_cpu(*, device, **facts):
+    """The row of the capability table for the compiled kernels."""
     if device.type != "cpu":
         return f"needs a CPU tensor, got {device.type}"
     return None if _native.load() is not None else _native.why_missing()
@@ -199,5 +200,5 @@ torch.library.register_fake("objslot::sinkhorn", _fake_sinkhorn, lib=_library)
 torch.library.register_fake("objslot::sinkhorn_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("objslot::sinkhorn", _backward, setup_context=_setup_context, lib=_library)
 
-_backends.register("sinkhorn", "cpu", _why_not_cpu)
+_backends.register("sinkhorn", "cpu", why_not_cpu)
 _backends.register("sinkhorn", "reference", lambda **facts: None)

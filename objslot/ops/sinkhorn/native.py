@@ -1,5 +1,7 @@
 """Sinkhorn by the compiled CPU kernels."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,11 @@ def backward(grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g
 
 
 def _rows(tensor: Tensor | None, trailing: int = 2) -> Tensor | None:
-    """The tensor with one batch dimension and a contiguous last one; a copy only where strides forbid a view."""
+    """The tensor with one batch dimension and a contiguous last one, copied where strides forbid a view."""
     if tensor is None:
         return None
-    tensor = tensor.reshape(-1 if tensor.numel() else 0, *tensor.shape[tensor.dim() - trailing :])
+    batch = math.prod(tensor.shape[: tensor.dim() - trailing])
+    tensor = tensor.reshape(batch, *tensor.shape[tensor.dim() - trailing :])
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 

@@ -26,8 +26,8 @@ def sinkhorn_transport(
 ) -> Tensor:
     """plan @ values, for the plan of `objslot.sinkhorn` on the similarities of x and y.
 
-    The memory beside the arguments and the result does not grow with n times m, except on the reference
-    backend, and except in the backward pass.
+    Neither scores nor plan outlive the call, nor are they kept for the backward pass, which makes them again.
+    On the CPU they exist for a few elements of the batch at a time; the reference backend makes all of them.
 
     Args:
         x: (..., n, d) tokens; float16, bfloat16, float32 or float64, half types computed in float32.
@@ -43,9 +43,7 @@ def sinkhorn_transport(
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
     a, b = _checked(x, y, values, a, b, eps, n_iters, similarity)
-    tensors = (x, y, values, a, b)
-    history = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return torch.ops.objslot.sinkhorn_transport(*tensors, eps, n_iters, similarity, history, backend)[0]
+    return torch.ops.objslot.sinkhorn_transport(x, y, values, a, b, eps, n_iters, similarity, backend)
 
 
 def alignment(
@@ -60,8 +58,9 @@ def alignment(
 ) -> Tensor:
     """For every frame i of a clip the sum over the other frames j of plan_ij @ values_j.
 
-    plan_ij is the plan of `objslot.sinkhorn` on the similarities of frame i (rows) and frame j (columns), with
-    the masses of the two frames as marginals. Each similarity matrix is made once and serves both directions.
+    plan_ij is the plan of `objslot.sinkhorn` on the similarities of frame i (rows) and frame j (columns),
+    with the masses of the two frames as marginals. Each similarity matrix is made once and serves both
+    directions.
 
     Args:
         tokens: (..., t, n, d) tokens of t frames.

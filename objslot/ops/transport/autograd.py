@@ -1,22 +1,21 @@
-"""Registration of objslot::sinkhorn_transport, its backward and objslot::alignment, and the choice of backend."""
+"""Registration of objslot::sinkhorn_transport, its backward and objslot::alignment."""
 
 import torch
 from torch import Tensor
 
 from objslot.ops import _backends, _checks
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops.sinkhorn.autograd import why_not_cpu
 from objslot.ops.transport import reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
-# f and g hold the potentials after every iteration, or nothing without history.
 _library.define(
     "sinkhorn_transport(Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, float eps, int n_iters, "
-    "str similarity, bool history, str? backend) -> (Tensor, Tensor, Tensor)"
+    "str similarity, str? backend) -> Tensor"
 )
 _library.define(
-    "sinkhorn_transport_backward(Tensor grad, Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, Tensor f, "
-    "Tensor g, float eps, int n_iters, str similarity, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "sinkhorn_transport_backward(Tensor grad, Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, "
+    "float eps, int n_iters, str similarity, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "alignment(Tensor tokens, Tensor values, Tensor? masses, float eps, int n_iters, str similarity, "
@@ -49,21 +48,13 @@ class _Reference:
     """The reference behind the interface that the kernels share."""
 
     @staticmethod
-    def forward(x, y, values, a, b, eps, n_iters, similarity, history):
-        out = reference.sinkhorn_transport(
+    def forward(x, y, values, a, b, eps, n_iters, similarity):
+        return reference.sinkhorn_transport(
             x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity
-        )
-        kept = n_iters if history else 0
-        dtype = compute_dtype(x.dtype)
-        # The backward of the reference starts anew from x and y: the potentials stay unused.
-        return (
-            out,
-            x.new_zeros((kept, *x.shape[:-1]), dtype=dtype),
-            x.new_zeros((kept, *y.shape[:-1]), dtype=dtype),
         )
 
     @staticmethod
-    def backward(grad, x, y, values, a, b, f, g, eps, n_iters, similarity):
+    def backward(grad, x, y, values, a, b, eps, n_iters, similarity):
         return differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity)
 
     @staticmethod
@@ -94,16 +85,15 @@ def _check_masses(**masses):
             _checks.non_negative(name, mass)
 
 
-def _transport(x, y, values, a, b, eps, n_iters, similarity, history, backend):
+def _transport(x, y, values, a, b, eps, n_iters, similarity, backend):
     _check_masses(a=a, b=b)
     name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
-    found = _implementation(name).forward(x, y, values, a, b, eps, n_iters, similarity, history)
-    return tuple(t.contiguous() for t in found)
+    return _implementation(name).forward(x, y, values, a, b, eps, n_iters, similarity).contiguous()
 
 
-def _transport_backward(grad, x, y, values, a, b, f, g, eps, n_iters, similarity, backend):
+def _transport_backward(grad, x, y, values, a, b, eps, n_iters, similarity, backend):
     name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
-    grads = _implementation(name).backward(grad, x, y, values, a, b, f, g, eps, n_iters, similarity)
+    grads = _implementation(name).backward(grad, x, y, values, a, b, eps, n_iters, similarity)
     return tuple(x.new_empty(0) if t is None else t.contiguous() for t in grads)
 
 
@@ -113,17 +103,11 @@ def _alignment(tokens, values, masses, eps, n_iters, similarity, backend):
     return _implementation(name).alignment(tokens, values, masses, eps, n_iters, similarity).contiguous()
 
 
-def _fake_transport(x, y, values, a, b, eps, n_iters, similarity, history, backend):
-    kept = n_iters if history else 0
-    dtype = compute_dtype(x.dtype)
-    return (
-        values.new_empty(*x.shape[:-1], values.shape[-1]),
-        x.new_empty((kept, *x.shape[:-1]), dtype=dtype),
-        x.new_empty((kept, *y.shape[:-1]), dtype=dtype),
-    )
+def _fake_transport(x, y, values, a, b, eps, n_iters, similarity, backend):
+    return values.new_empty(*x.shape[:-1], values.shape[-1])
 
 
-def _fake_backward(grad, x, y, values, a, b, f, g, eps, n_iters, similarity, backend):
+def _fake_backward(grad, x, y, values, a, b, eps, n_iters, similarity, backend):
     marginals = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (a, b)]
     return (x.new_empty(x.shape), y.new_empty(y.shape), values.new_empty(values.shape), *marginals)
 
@@ -133,29 +117,21 @@ def _fake_alignment(tokens, values, masses, eps, n_iters, similarity, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, values, a, b, eps, n_iters, similarity, history, backend = inputs
-    _, f, g = output
-    ctx.save_for_backward(x, y, values, a, b, f, g)
+    *tensors, eps, n_iters, similarity, backend = inputs
+    ctx.save_for_backward(*tensors)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
-    backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
+    x, y, values, _, _ = tensors
+    ctx.backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
     ctx.settings = eps, n_iters, similarity
-    ctx.history, ctx.backend = history, backend
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(f, g)
 
 
-def _backward(ctx, grad, grad_f, grad_g):
-    nothing = (None,) * 5
-    if grad is None:
-        return (None,) * 10
-    x, y, values, a, b, f, g = ctx.saved_tensors
+def _backward(ctx, grad):
+    tensors = ctx.saved_tensors
+    nothing = (None,) * 4
     if torch.is_grad_enabled():
-        return (*differentiable_backward(grad, x, y, values, a, b, *ctx.settings), *nothing)
-    if not ctx.history:
-        raise RuntimeError("objslot::sinkhorn_transport was called with history=False, so it has no gradient")
-    grads = torch.ops.objslot.sinkhorn_transport_backward(
-        grad, x, y, values, a, b, f, g, *ctx.settings, ctx.backend
-    )
+        return (*differentiable_backward(grad, *tensors, *ctx.settings), *nothing)
+    grads = torch.ops.objslot.sinkhorn_transport_backward(grad, *tensors, *ctx.settings, ctx.backend)
+    a, b = tensors[3:]
     return (*grads[:3], None if a is None else grads[3], None if b is None else grads[4], *nothing)
 
 
@@ -169,4 +145,5 @@ torch.library.register_autograd(
     "objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library
 )
 
+_backends.register("sinkhorn_transport", "cpu", why_not_cpu)
 _backends.register("sinkhorn_transport", "reference", lambda **facts: None)
