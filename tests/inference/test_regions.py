@@ -42,7 +42,8 @@ def test_linker_follows_instances_that_swap_places():
 
 
 @pytest.mark.parametrize(
-    ("size", "short_side", "expected"), [((480, 854), 32, (32, 56)), ((854, 480), 32, (56, 32)), ((9, 900), 8, (8, 800))]
+    ("size", "short_side", "expected"),
+    [((480, 854), 32, (32, 56)), ((854, 480), 32, (56, 32)), ((9, 900), 8, (8, 800))],
 )
 def test_frame_size_keeps_the_shape_in_whole_patches(model, size, short_side, expected):
     assert frame_size(model.encoder, size, short_side) == expected
