@@ -54,7 +54,7 @@ def colour_null(
     features = (features - features.mean((0, 1))) / features.std((0, 1)).clamp(min=1e-6)
     # The constant beside the colour makes its length, not only its hue, change the direction.
     colour = F.normalize(F.pad(frames.flatten(1, 2), (0, 1), value=0.5), dim=-1)
-    regions = _clustered(features, colour, None, grid, clusters, seed)
+    regions = _clustered(features, colour, grid, clusters, seed)
     return to_segmentation(regions, video, merge_foreground=merge_foreground)
 
 
@@ -83,28 +83,25 @@ def frozen_backbone(
     Raises:
         UserError: a video that cannot be read, or a resolution under one patch.
     """
-    keys, attention, grid = [], [], (1, 1)
+    keys, grid = [], (1, 1)
     for features in encode_video(encoder, video, short_side=resolution, progress=progress):
         keys.append(F.normalize(features.keys[0].float(), dim=-1).half().cpu())
-        if features.cls_attention is not None:
-            attention.append(features.cls_attention[0].float().cpu())
         grid = features.grid
-    keys, attention = torch.cat(keys), torch.cat(attention) if attention else None
-    regions = _clustered(keys, keys, attention, grid, clusters, seed)
+    keys = torch.cat(keys)
+    regions = _clustered(keys, keys, grid, clusters, seed)
     return to_segmentation(regions, video, merge_foreground=merge_foreground)
 
 
 def _clustered(
     features: Tensor,
     described: Tensor,
-    attention: Tensor | None,
     grid: tuple[int, int],
     clusters: int,
     seed: int,
 ) -> VideoRegions:
     """K-means of features (T, HW, D) as soft regions.
 
-    `described` (T, HW, C) and `attention` (T, HW) only serve the selection.
+    `described` (T, HW, C), of unit length, only serves the selection.
     """
     flat = features.flatten(0, 1)
     generator = np.random.default_rng(seed)
@@ -117,7 +114,7 @@ def _clustered(
     for t, frame in enumerate(features):
         distance = torch.cdist(frame.float(), centres).square() / spread
         mask = (-distance).softmax(-1).T.unflatten(-1, grid)[None]
-        statistics.add(mask, described[t : t + 1].float(), None if attention is None else attention[t : t + 1])
+        statistics.add(mask, described[t : t + 1].float())
         masks.append(mask.half())
     return VideoRegions(torch.cat(masks), statistics.result(), torch.arange(clusters))
 

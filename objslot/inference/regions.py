@@ -27,8 +27,6 @@ class RegionStatistics(NamedTuple):
     """(R,): share of all positions of the video."""
     feature: Tensor
     """(R, D): mean of the region's features of unit length."""
-    attention: Tensor | None
-    """(R,): mean class-token attention inside, relative to the frame's mean; None without a class token."""
     border: Tensor
     """(R,): share of the region that lies on the border of the frame."""
 
@@ -50,11 +48,11 @@ class StatisticsSum:
     """
 
     def __init__(self):
-        self._mass = self._feature = self._attention = self._border = None
+        self._mass = self._feature = self._border = None
         self._positions = 0
 
-    def add(self, masks: Tensor, features: Tensor, attention: Tensor | None):
-        """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length, attention (T, h * w) or None."""
+    def add(self, masks: Tensor, features: Tensor):
+        """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length."""
         flat = masks.flatten(2).double()
         border = _border(masks.shape[-2:]).to(flat)
         parts = {
@@ -62,9 +60,6 @@ class StatisticsSum:
             "_feature": torch.einsum("trp,tpd->rd", flat, features.double()),
             "_border": flat.sum(0) @ border,
         }
-        if attention is not None:
-            relative = attention.double() / attention.double().mean(dim=1, keepdim=True).clamp(min=1e-12)
-            parts["_attention"] = torch.einsum("trp,tp->r", flat, relative)
         for name, value in parts.items():
             held = getattr(self, name)
             setattr(self, name, value if held is None else held + value)
@@ -76,7 +71,6 @@ class StatisticsSum:
         return RegionStatistics(
             mass=(self._mass / self._positions).float(),
             feature=(self._feature / mass[:, None]).float(),
-            attention=None if self._attention is None else (self._attention / mass).float(),
             border=(self._border / mass).float(),
         )
 

@@ -100,15 +100,14 @@ def model_regions(
             joint = torch.take_along_dim(joint, index[..., None], dim=2)
             joint = joint.flatten(1, 2).unflatten(-1, features.grid).float()
             keys = F.normalize(features.keys[0].float(), dim=-1)
-            attention = None if features.cls_attention is None else features.cls_attention[0]
-            statistics.add(joint, keys, attention)
+            statistics.add(joint, keys)
             masks.append(joint.half().cpu())
     finally:
         model.train(was_training)
     collected = statistics.result()
     return VideoRegions(
         torch.cat(masks),
-        type(collected)(*(None if part is None else part.cpu() for part in collected)),
+        type(collected)(*(part.cpu() for part in collected)),
         torch.arange(semantics).repeat_interleave(instances),
     )
 

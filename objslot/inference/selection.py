@@ -13,9 +13,7 @@ from objslot.inference.regions import RegionStatistics
 
 _LEAST_MASS = 1e-4
 """Regions under this share of the video are never foreground: they own no position for certain."""
-_MOST_ATTENTION = 3.0
-"""Attention relative to the frame's mean beyond which more says nothing: single positions collect far more."""
-_THRESHOLD = 0.5
+_THRESHOLD = 0.6
 """Where foreground starts, between the typical position (0) and the most salient region (1)."""
 
 
@@ -33,15 +31,13 @@ class Selection(NamedTuple):
 def salience(statistics: RegionStatistics) -> Tensor:
     """(R,) salience of regions: 0 for the typical position of the video, 1 for the most salient region.
 
-    A region is salient when its features, of unit length, point away from the video's mean feature, when the class
-    token attends to it, and when it keeps clear of the border. The typical position is the median over positions,
+    A region is salient when its features, of unit length, point away from the video's mean feature and it keeps
+    clear of the border. The typical position is the median over positions,
     so that a background made of many regions counts by its area and not by their number.
     """
     mass = statistics.mass
     mean = F.normalize((mass[:, None] * statistics.feature).sum(0), dim=0)
     salient = (1 - statistics.feature @ mean) * (1 - statistics.border).clamp(min=0).square()
-    if statistics.attention is not None:
-        salient = salient * statistics.attention.clamp(min=0, max=_MOST_ATTENTION).sqrt()
     present = mass > _LEAST_MASS
     salient = salient.masked_fill(~present, salient[present].min() if present.any() else 0.0)
     typical = _weighted_median(salient, mass)

@@ -4,11 +4,10 @@ from objslot.inference.regions import RegionStatistics
 from objslot.inference.selection import salience, select
 
 
-def statistics(mass, feature, attention=None):
+def statistics(mass, feature, border=None):
     mass = torch.tensor(mass)
-    return RegionStatistics(
-        mass, torch.tensor(feature), None if attention is None else torch.tensor(attention), torch.zeros(len(mass))
-    )
+    border = torch.zeros(len(mass)) if border is None else torch.tensor(border)
+    return RegionStatistics(mass, torch.tensor(feature), border)
 
 
 def test_the_odd_region_out_is_foreground():
@@ -20,10 +19,9 @@ def test_the_odd_region_out_is_foreground():
     assert found.scores[1] == 1.0
 
 
-def test_attention_decides_between_equally_distinct_regions():
-    salient = salience(
-        statistics([0.6, 0.2, 0.2], [[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], attention=[0.5, 0.2, 3.0])
-    )
+def test_the_border_decides_between_equally_distinct_regions():
+    features = [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    salient = salience(statistics([0.6, 0.2, 0.2], features, border=[0.3, 0.6, 0.1]))
     assert salient[2] == 1.0
     assert salient[1] < 0.5
 
