@@ -4,7 +4,8 @@ import pytest
 import torch
 from slot_cases import DTYPES, check_budget, evaluate, noise, soft_mask
 
-from objslot.ops import _backends, slot_attention, slot_softmax
+from objslot.errors import BackendError
+from objslot.ops import _backends, explain, slot_attention, slot_softmax
 
 BACKENDS = _backends.registered()["slot_attention"]
 CPU = [name for name in ("reference", "cpu") if name in BACKENDS]
@@ -202,6 +203,15 @@ def test_compile_and_autocast():
         low = slot_attention(*arguments[:3])
     assert low.dtype == torch.bfloat16
     assert torch.equal(low, slot_attention(*(x.bfloat16() for x in arguments[:3])))
+
+
+@pytest.mark.parametrize("op", [slot_attention, slot_softmax])
+def test_backends(op):
+    arguments = inputs((1, 1, 3, 5, 4, 4))[:3] if op is slot_attention else (noise(1, 1, 3, 5),)
+    with pytest.raises(BackendError, match="needs a CUDA tensor, got one on cpu"):
+        op(*arguments, backend="triton")
+    assert explain(op, *arguments).chosen == CPU[-1]
+    assert explain(op, *arguments, backend="reference").chosen == "reference"
 
 
 @pytest.mark.parametrize(

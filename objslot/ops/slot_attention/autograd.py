@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends, _native
+from objslot.ops import _autocast, _backends, _native, _triton
 from objslot.ops._dtypes import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_attention import native, reference
@@ -23,6 +23,7 @@ _lib.define(
 
 _backends.register("slot_attention", "reference", lambda **facts: None)
 _backends.register("slot_attention", "cpu", _native.why_not_cpu)
+_backends.register("slot_attention", "triton", _triton.why_not(__package__), automatic=False)
 
 
 def facts(q: Tensor, k: Tensor, v: Tensor | None) -> dict:
@@ -38,9 +39,18 @@ def facts(q: Tensor, k: Tensor, v: Tensor | None) -> dict:
     }
 
 
+def _kernels(q, k, v, backend):
+    """The module of kernels that serves the call, None for the reference."""
+    name = _backends.select("slot_attention", backend, **facts(q, k, v))
+    if name == "triton":
+        return _triton.kernels(__package__)
+    return native if name == "cpu" else None
+
+
 def _forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
-    if _backends.select("slot_attention", backend, **facts(q, k, v)) == "cpu":
-        return native.forward(q, k, v, mask, bias, scale, eps, return_logits)
+    kernels = _kernels(q, k, v, backend)
+    if kernels is not None:
+        return kernels.forward(q, k, v, mask, bias, scale, eps, return_logits)
     with _autocast.disabled(q.device):
         updates, logits, mass = reference.slot_attention(q, k, v, mask, bias, scale, eps)
     logits = logits.to(q.dtype).contiguous() if return_logits else q.new_empty(0)
@@ -48,8 +58,11 @@ def _forward(q, k, v, mask, bias, scale, eps, return_logits, backend):
 
 
 def _backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, backend):
-    if _backends.select("slot_attention", backend, **facts(q, k, v)) == "cpu":
-        return native.backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs)
+    kernels = _kernels(q, k, v, backend)
+    if kernels is not None:
+        return kernels.backward(
+            grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs
+        )
     with _autocast.disabled(q.device):
         grads = reference.slot_attention_backward(
             grad_updates, grad_logits, q, k, v, mask, bias, scale, eps

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends, _native
+from objslot.ops import _autocast, _backends, _native, _triton
 from objslot.ops._dtypes import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_softmax import native, reference
@@ -17,6 +17,7 @@ _lib.define(
 
 _backends.register("slot_softmax", "reference", lambda **facts: None)
 _backends.register("slot_softmax", "cpu", _native.why_not_cpu)
+_backends.register("slot_softmax", "triton", _triton.why_not(__package__), automatic=False)
 
 
 def facts(logits: Tensor) -> dict:
@@ -31,17 +32,27 @@ def facts(logits: Tensor) -> dict:
     }
 
 
+def _kernels(logits, backend):
+    """The module of kernels that serves the call, None for the reference."""
+    name = _backends.select("slot_softmax", backend, **facts(logits))
+    if name == "triton":
+        return _triton.kernels(__package__)
+    return native if name == "cpu" else None
+
+
 def _forward(logits, mask, eps, backend):
-    if _backends.select("slot_softmax", backend, **facts(logits)) == "cpu":
-        return native.forward(logits, mask, eps)
+    kernels = _kernels(logits, backend)
+    if kernels is not None:
+        return kernels.forward(logits, mask, eps)
     with _autocast.disabled(logits.device):
         weights, mass = reference.slot_softmax(logits, mask, eps)
     return weights.contiguous(), mass.contiguous()
 
 
 def _backward(grad, logits, mask, mass, eps, needs_mask, backend):
-    if _backends.select("slot_softmax", backend, **facts(logits)) == "cpu":
-        return native.backward(grad, logits, mask, mass, eps, needs_mask)
+    kernels = _kernels(logits, backend)
+    if kernels is not None:
+        return kernels.backward(grad, logits, mask, mass, eps, needs_mask)
     with _autocast.disabled(logits.device):
         grad_logits, grad_mask = reference.slot_softmax_backward(grad, logits, mask, eps, needs_mask)
     return grad_logits.contiguous(), logits.new_empty(0) if grad_mask is None else grad_mask.contiguous()
