@@ -166,6 +166,7 @@ def load_clips(
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, but only the training process decides what happens then.
+    # Ctrl-C and a batch system's SIGTERM reach every process, but the training process decides what happens
+    # then: it needs its loaders for the step that it finishes, and ends them itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

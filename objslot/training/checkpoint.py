@@ -91,9 +91,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: SMTC, optimizer: torch.optim.
         name for name in expected if tensors[name].shape != expected[name].shape
     ]
     if wrong:
-        raise UserError(
-            f"{checkpoint.path}: of another model, {len(wrong)} tensors do not fit (such as {wrong[0]})"
-        )
+        raise UserError(f"{checkpoint.path}: of another model, {len(wrong)} tensors do not fit (such as {wrong[0]})")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])

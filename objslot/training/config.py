@@ -38,10 +38,7 @@ def _count(least: int):
 def _number(holds, expected: str):
     return (
         lambda value: (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and holds(value)
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and holds(value)
         ),
         expected,
     )
@@ -137,17 +134,11 @@ class TrainingConfig:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device: got {self.device!r}, but no CUDA device can be used here")
         if self.model.n_other > self.frames - 1 and self.model.sampling == "other":
-            raise UserError(
-                f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}"
-            )
+            raise UserError(f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}")
         if self.cache_features and self.model.train_encoder:
-            raise UserError(
-                "cache_features: features cannot be stored while the encoder is trained (train_encoder)"
-            )
+            raise UserError("cache_features: features cannot be stored while the encoder is trained (train_encoder)")
         if self.batch_size % self.accumulate:
-            raise UserError(
-                f"accumulate: got {self.accumulate}, expected a divisor of batch_size = {self.batch_size}"
-            )
+            raise UserError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size = {self.batch_size}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as JSON gives them back."""

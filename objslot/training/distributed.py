@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from objslot.errors import UserError
+from objslot.training.checkpoint import reason
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class World:
         """Clips that a process takes at a time when a batch is cut into ``parts`` in every process."""
         if batch_size % (self.size * parts):
             raise UserError(
-                f"batch_size: got {batch_size}, expected a multiple of processes x accumulate = "
-                f"{self.size} x {parts}"
+                f"batch_size: got {batch_size}, expected a multiple of processes x accumulate = {self.size} x {parts}"
             )
         return batch_size // (self.size * parts)
 
@@ -78,7 +78,10 @@ def join(device: str) -> Iterator[World]:
     """The world that torchrun started this process in, or a world of one.
 
     With torchrun every process takes the GPU of its local rank, or the CPU where ``device`` says so or there
-    is none.
+    is none. For torchrun to start a group again (--max-restarts) it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1:
+    the new processes would else look for the old ones at their addresses.
+
+    Raises `UserError` when contact with the other processes is lost.
     """
     cuda = torch.cuda.is_available() and device != "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,8 +96,16 @@ def join(device: str) -> Iterator[World]:
     began = not distributed.is_initialized()
     if began:
         distributed.init_process_group("nccl" if cuda else "gloo")
+    rank = distributed.get_rank()
     try:
-        yield World(distributed.get_rank(), size, place)
+        yield World(rank, size, place)
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"process {rank} of {size}: another process is gone ({reason(error)}); started again, the group "
+            "goes on from its newest checkpoint (--resume)"
+        ) from error
     finally:
         if began:
             distributed.destroy_process_group()

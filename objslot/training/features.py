@@ -129,9 +129,7 @@ class FeatureStore:
                 raise ValueError(f"shape {stored.shape}")
             return torch.from_numpy(np.array(stored[list(frames)]))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: stored features of {video.path} cannot be read ({reason(error)})"
-            ) from error
+            raise UserError(f"{path}: stored features of {video.path} cannot be read ({reason(error)})") from error
 
     def _path(self, video: Video, what: str) -> Path:
         return self.folder / f"{video.identity()[:32]}.{what}.npy"
@@ -147,8 +145,7 @@ class FeatureStore:
         for most, name in ((limit, "cache_limit"), (free, "free space")):
             if needed > most:
                 raise UserError(
-                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, "
-                    f"{name} is {most:.1f} GB"
+                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, {name} is {most:.1f} GB"
                 )
 
     def _clear_leftovers(self) -> None:
@@ -187,9 +184,7 @@ class FeatureStore:
                 make_readable(file.name)
                 os.replace(file.name, self._path(video, what))
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: features of {video.path} cannot be stored ({reason(error)})"
-            ) from error
+            raise UserError(f"{self.folder}: features of {video.path} cannot be stored ({reason(error)})") from error
         finally:
             for file in files.values():
                 file.close()

@@ -37,9 +37,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written as an output folder ({reason(error)})"
-            ) from error
+            raise UserError(f"{self.path}: cannot be written as an output folder ({reason(error)})") from error
         try:
             self._check_held(resume)
         except UserError:
@@ -82,9 +80,7 @@ class RunFolder:
             return list(videos)
         present = {video.name: video for video in videos}
         names = self._read_json(_VIDEOS).get("videos", [])
-        return [
-            present.get(name, UserError(f"{name}: the video is gone since the run began")) for name in names
-        ]
+        return [present.get(name, UserError(f"{name}: the video is gone since the run began")) for name in names]
 
     def keep_metrics(self, steps: int) -> int:
         """Cut the metrics back to the first ``steps`` steps, a torn last line included; returns how many are
@@ -129,9 +125,7 @@ class RunFolder:
                 raise UserError(f"{self.path}: holds {what} of something else; choose another folder")
             return
         if not resume:
-            raise UserError(
-                f"{self.path}: holds a run already; resume it (--resume) or choose another folder"
-            )
+            raise UserError(f"{self.path}: holds a run already; resume it (--resume) or choose another folder")
         before = {**values["training"], "model": values.get("model", {})}
         changes = changed_fields(before, self.config.to_dict())
         if changes:

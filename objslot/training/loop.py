@@ -33,9 +33,7 @@ from objslot.training.guards import Interruption, UnusableVideos, save_failed_ba
 from objslot.training.reporting import Reporter
 
 
-def train(
-    config: TrainingConfig, data: str | Path | Sequence[Video], out: str | Path, *, resume: bool = False
-) -> Path:
+def train(config: TrainingConfig, data: str | Path | Sequence[Video], out: str | Path, *, resume: bool = False) -> Path:
     """Train a model on the videos under ``data`` and return ``out``, which `SMTC.load` reads.
 
     ``data`` is a path (see `find_videos`) or videos with different names. ``out`` gets config.json,
@@ -109,9 +107,7 @@ def _run(
     def save(step: int) -> None:
         if folder:
             metrics.sync()
-            save_checkpoint(
-                folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep
-            )
+            save_checkpoint(folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep)
             folder.save_model(model)
 
     if newest is None:
@@ -142,9 +138,7 @@ def _run(
                 generators = [torch.Generator().manual_seed(_number(config.seed, n)) for n in numbers]
                 last = part == config.accumulate - 1
                 with step_model.no_sync() if world.size > 1 and not last else nullcontext():
-                    with torch.autocast(
-                        world.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-                    ):
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                         terms = step_model(student, teacher, generators)
                     (terms["loss"] / config.accumulate).backward()
                 for name, value in terms.items():
@@ -174,8 +168,7 @@ def _run(
             if nonfinite == config.max_nonfinite:
                 kept = f"; its batch is in {save_failed_batch(out, step, batch, record)}" if folder else ""
                 raise UserError(
-                    f"the loss or its gradient was not finite {nonfinite} steps in a row, "
-                    f"to step {step}{kept}"
+                    f"the loss or its gradient was not finite {nonfinite} steps in a row, to step {step}{kept}"
                 )
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps or interrupted:
@@ -242,7 +235,6 @@ def _wrap(model: SMTC, config: TrainingConfig, world: World) -> nn.Module:
     return DistributedDataParallel(
         module,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         # The last block of an encoder ends behind its keys.
         find_unused_parameters=config.model.train_encoder,
     )
@@ -271,9 +263,7 @@ def _workers(config: TrainingConfig) -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // processes - 1))
 
 
-def _summary(
-    config: TrainingConfig, model: SMTC, videos: Sequence[Video | UserError], start: int, world: World
-) -> str:
+def _summary(config: TrainingConfig, model: SMTC, videos: Sequence[Video | UserError], start: int, world: World) -> str:
     height, width = model.frame_size
     went_on = f", from step {start}" if start else ""
     encoder = "trained" if config.model.train_encoder else "frozen"

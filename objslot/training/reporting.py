@@ -31,9 +31,7 @@ class Reporter:
         self._recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._bar = None if silent or not sys.stderr.isatty() else _progress_bar()
         self._task = (
-            self._bar.add_task("training", total=steps, completed=start, terms="", speed="")
-            if self._bar
-            else None
+            self._bar.add_task("training", total=steps, completed=start, terms="", speed="") if self._bar else None
         )
         self._events = None if silent or tensorboard is None else _event_writer(tensorboard, start)
 
@@ -73,9 +71,7 @@ class Reporter:
             terms = "  ".join(f"{name} {record[name]:.4f}" for name in _TERMS)
         speed, left = self._speed(done)
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=done, terms=terms, speed=f"{speed:.1f} images/s" if speed else ""
-            )
+            self._bar.update(self._task, completed=done, terms=terms, speed=f"{speed:.1f} images/s" if speed else "")
         if done % self._log_every and done != self._steps:
             return
         if self._bar is None:

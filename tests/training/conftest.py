@@ -79,7 +79,11 @@ def start():
         words = [sys.executable, *launcher, str(RUN), str(data), str(out), "resume" if resume else "new"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [*words, json.dumps(fields)], stderr=subprocess.PIPE, text=True, env=environment
+            [*words, json.dumps(fields)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         started.append(process)
         return process
@@ -87,7 +91,7 @@ def start():
     yield start
     for process in started:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stderr.close()
 

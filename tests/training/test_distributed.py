@@ -11,7 +11,7 @@ from objslot.errors import UserError
 from objslot.training.distributed import World
 from objslot.training.loop import _sample_numbers
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,15 @@ def alone(shared_videos, tmp_path_factory, start):
     return out
 
 
-FIELDS = {"steps": 20, "batch_size": 4, "model": {"valid_similarity": 0.9}, "num_workers": 1}
+FIELDS = {"steps": 60, "batch_size": 4, "model": {"valid_similarity": 0.9}, "num_workers": 1}
 
 
 def assert_same_run(metrics, out, alone):
     lines, expected = metrics(out), metrics(alone)
-    assert [line["step"] for line in lines] == list(range(20))
-    assert 0 < sum(line["valid_share"] for line in expected) < 20
+    assert [line["step"] for line in lines] == list(range(60))
+    assert 0 < sum(line["valid_share"] for line in expected) < 60
     # Before the first update the two are equal to rounding; rounding grows over the steps.
-    for step, (line, reference) in enumerate(zip(lines, expected, strict=True)):
+    for step, (line, reference) in enumerate(zip(lines[:20], expected[:20], strict=True)):
         for name in ("loss", "semantic", "instance", "diversity", "valid_share", "grad_norm"):
             assert line[name] == pytest.approx(reference[name], rel=2e-6 if step == 0 else 2e-3, abs=1e-6), (
                 step,
@@ -41,34 +41,31 @@ def assert_same_run(metrics, out, alone):
 
 def test_two_processes_equal_one(metrics, shared_videos, tmp_path, start, alone):
     out = tmp_path / "two"
-    process = start(shared_videos, out, launcher=(*TORCHRUN, "0"), **FIELDS)
+    process = start(shared_videos, out, launcher=TORCHRUN, **FIELDS)
     assert process.wait(200) == 0, process.stderr.read()
     assert_same_run(metrics, out, alone)
 
 
-def test_a_process_that_dies_is_started_again_and_one_process_can_finish(
-    metrics, shared_videos, tmp_path, start, alone
-):
+def test_a_process_that_dies_stops_the_others_and_one_can_finish(metrics, shared_videos, tmp_path, start, alone):
     out = tmp_path / "died"
-    process = start(shared_videos, out, resume=True, launcher=(*TORCHRUN, "1"), **(FIELDS | {"log_every": 1}))
-    path = out / "metrics.jsonl"
-    for lines in (4, 12):
-        end = time.monotonic() + 200
-        while not path.exists() or path.read_text().count("\n") < lines:
-            assert time.monotonic() < end
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        if process.poll() is None:
-            os.kill(_ranks(process.pid)[-1], signal.SIGKILL)
-        if lines == 4:
-            # The group starts again from its newest checkpoint, which cuts the metrics back.
-            while path.read_text().count("\n") >= 4 and process.poll() is None:
-                time.sleep(0.01)
+    process = start(shared_videos, out, launcher=TORCHRUN, **FIELDS)
+    end = time.monotonic() + 200
+    while _lines(out) < 3:
+        assert time.monotonic() < end, "nothing happened"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.kill(_ranks(process.pid)[-1], signal.SIGKILL)
     assert process.wait(200) != 0
-    assert len(metrics(out)) < 20
+    assert "another process is gone" in process.stderr.read()
+    assert _lines(out) < 60
     process = start(shared_videos, out, resume=True, **FIELDS)
     assert process.wait(200) == 0, process.stderr.read()
     assert_same_run(metrics, out, alone)
+
+
+def _lines(out) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def _ranks(launcher: int) -> list[int]:
@@ -94,7 +91,5 @@ def test_clips_are_shared_out_without_a_rest(config):
             for part in range(accumulate):
                 numbers += _sample_numbers(settings, 7, part, world, share)
         assert numbers == list(range(84, 96))
-    with pytest.raises(
-        UserError, match="batch_size: got 12, expected a multiple of processes x accumulate = 5 x 1"
-    ):
+    with pytest.raises(UserError, match="batch_size: got 12, expected a multiple of processes x accumulate = 5 x 1"):
         World(0, 5, torch.device("cpu")).share(12, 1)

@@ -97,9 +97,7 @@ def test_the_optimiser_leaves_teacher_and_encoder_alone(shared_videos, tmp_path,
     first, last = (load_file(c.path) for c in list_checkpoints(out / "checkpoints"))
     moved = {name for name in first if name.startswith("model/") and not torch.equal(first[name], last[name])}
     assert moved
-    assert all(
-        name.startswith(("model/student.", "model/teacher.", "model/teacher_updates")) for name in moved
-    )
+    assert all(name.startswith(("model/student.", "model/teacher.", "model/teacher_updates")) for name in moved)
     assert not any("teacher" in name for name in last if name.startswith("optimizer/"))
 
 
@@ -167,9 +165,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(shared_videos, tmp_path, co
     assert metrics(out) == metrics(tmp_path / "whole")
 
 
-def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_first_step(
-    shared_videos, tmp_path, config, monkeypatch
-):
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_first_step(shared_videos, tmp_path, config, monkeypatch):
     def full(tensors, path, header):
         raise OSError(28, "No space left on device")
 
@@ -209,9 +205,7 @@ def spoil(monkeypatch, bad_steps):
     monkeypatch.setattr(SMTC, "forward", spoiled)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(
-    shared_videos, tmp_path, config, monkeypatch, metrics
-):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(shared_videos, tmp_path, config, monkeypatch, metrics):
     spoil(monkeypatch, {2: "nan", 4: "inf"})
     out = train(config(checkpoint_every=1, keep=9), shared_videos, tmp_path / "run")
     lines = metrics(out)

@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way, ends as one that was not."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -61,7 +62,8 @@ def test_sigterm_saves_and_leaves(metrics, shared_videos, tmp_path, start, whole
     out, fields = tmp_path / "stopped", {"steps": 40, "num_workers": 1, "checkpoint_every": 1000}
     process = start(shared_videos, out, **fields)
     wait_for(written(out, 5), process)
-    process.send_signal(signal.SIGTERM)
+    # To all its processes, as batch systems do.
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(100) == 143
     assert "resume it to go on" in process.stderr.read()
     saved = list_checkpoints(out / "checkpoints")[-1].step
@@ -112,9 +114,7 @@ def test_what_a_finished_run_leaves(metrics, shared_videos, tmp_path, config):
     assert metrics(out) == before
 
 
-def test_a_resumed_run_takes_the_videos_it_began_with(
-    metrics, videos, tmp_path, config, stopped_train, capfd
-):
+def test_a_resumed_run_takes_the_videos_it_began_with(metrics, videos, tmp_path, config, stopped_train, capfd):
     """Neither a video that is gone nor a new one shifts the others."""
     settings = config(steps=12)
     stopped_train(settings, videos, tmp_path / "moved", 4)
