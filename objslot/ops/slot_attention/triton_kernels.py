@@ -224,9 +224,9 @@ def shape_of_program(rows: int) -> tuple[int, int]:
     return (BLOCK_VALUES, 4) if rows <= 32 else (BLOCK_VALUES // 2, 8)
 
 
-def backward_block(rows: int, features: int) -> int:
-    """Features that a backward program handles at a time: fewer where many rows fill the registers."""
-    return features if rows <= 32 else min(features, 32)
+def features_at_once(rows: int, widest: int) -> int:
+    """Features that are multiplied at a time: fewer where many rows fill the registers."""
+    return min(BLOCK_FEATURES if rows <= 32 else BLOCK_FEATURES // 2, max(16, triton.next_power_of_2(widest)))
 
 
 def _flat(x, trailing):
@@ -242,11 +242,11 @@ def _problem(q, k, v, mask, bias):
     mask = None if mask is None else _flat(mask, 2).contiguous()
     bias = None if bias is None else _flat(bias, 2).contiguous()
     groups, slots, width = q.shape[1:]
-    padded_groups, padded_slots, _ = _rows(groups, slots)
+    padded_groups, padded_slots, rows = _rows(groups, slots)
     constants = {
         "GROUPS_USED": groups, "SLOTS_USED": slots, "WIDTH": width, "VALUES": v.shape[-1],
         "GROUPS": padded_groups, "SLOTS": padded_slots, "N": BLOCK_N,
-        "FEATURES": min(BLOCK_FEATURES, max(16, triton.next_power_of_2(max(width, v.shape[-1])))),
+        "FEATURES": features_at_once(rows, max(width, v.shape[-1])),
         "HAS_MASK": mask is not None, "HAS_BIAS": bias is not None,
         "PRECISION": precision(q.dtype),
     }  # fmt: skip
@@ -288,7 +288,6 @@ def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scal
     ]
     shared, positions, value_width = v is None, k.shape[-2], updates.shape[-1]
     flat_q, k, v, mask, bias, strides, constants = _problem(q, k, v, mask, bias)
-    constants["FEATURES"] = backward_block(constants["GROUPS"] * constants["SLOTS"], constants["FEATURES"])
     batch, slots = flat_q.shape[0], flat_q.shape[1] * flat_q.shape[2]
     rows = flat_q.float().reshape(batch, slots, -1) * scale
     inverse = torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass)).reshape(batch, slots, 1)
