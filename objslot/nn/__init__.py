@@ -23,8 +23,8 @@ Signatures::
             instance_logits   (..., N, P, n)
             semantic          (..., N, n)       softmax over N of semantic_logits
             instance          (..., N, P, n)    softmax over P of instance_logits
-            iterations        None, or SlotIterations(semantic: tuple of (..., N, n), instance: tuple of (..., N, P, n)),
-                              the masks of every iteration, without gradient
+            iterations        None, or SlotIterations(semantic: tuple of (..., N, n), instance: tuple of
+                              (..., N, P, n)), the masks of every iteration, without gradient
         parameters `mu` (N, D) and `log_sigma` (N, D); property `sigma` = exp(log_sigma), 1 at the start.
 """
 
