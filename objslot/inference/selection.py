@@ -13,8 +13,10 @@ from objslot.inference.regions import RegionStatistics
 
 _LEAST_MASS = 1e-4
 """Regions under this share of the video are never foreground: they own no position for certain."""
-_THRESHOLD = 0.6
+_THRESHOLD = 0.5
 """Where foreground starts, between the typical position (0) and the most salient region (1)."""
+_SINGLE_THRESHOLD = 0.6
+"""The same where there is one object to find: others that stand out less are not it."""
 
 
 class Selection(NamedTuple):
@@ -52,7 +54,8 @@ def select(statistics: RegionStatistics, semantics: Tensor, *, merge_foreground:
     remain, the foreground first and then the largest.
     """
     salient = salience(statistics)
-    foreground = (salient > _THRESHOLD) & (statistics.mass > _LEAST_MASS)
+    threshold = _SINGLE_THRESHOLD if merge_foreground else _THRESHOLD
+    foreground = (salient > threshold) & (statistics.mass > _LEAST_MASS)
     if merge_foreground:
         groups = torch.where(foreground, -1, semantics)
     else:
