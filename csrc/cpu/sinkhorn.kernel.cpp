@@ -3,12 +3,8 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-// A plan above this many bytes is written past the caches.
-constexpr int64_t stream_bytes = int64_t{4} << 20;
 // A matrix up to this many bytes leaves room for the next one in a second-level cache.
 constexpr int64_t prefetch_bytes = int64_t{300} << 10;
-// Entries a thread should have at least: starting one costs some microseconds.
-constexpr int64_t entries_per_thread = 16384;
 
 template <class T>
 struct State {
@@ -42,7 +38,8 @@ static State<T> lay_out(Arena& arena, const Matrix<T>& matrix, int threads) {
 
 // A sum below limit * (largest weight) may lack terms that the exponential rounded to zero.
 template <class T>
-constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
+constexpr T range_limit =
+    sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
 
 template <class T>
 OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, int64_t m, T* kernel, T* offset) {
@@ -90,14 +87,16 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
     if (count == block)
       add_rows<T, block>(kernel, columns, s.x + i, columns, sums);
     else
-      for (int64_t r = 0; r < count; ++r) add_rows<T, 1>(kernel + r * columns, columns, s.x + i + r, columns, sums);
+      for (int64_t r = 0; r < count; ++r)
+        add_rows<T, 1>(kernel + r * columns, columns, s.x + i + r, columns, sums);
   }
   s.lost[chunk] = lost;
 }
 
 // Further iterations: one sweep serves the rows and the columns. Also the error of the iteration before.
 template <class T>
-OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, Prefetch& ahead) {
+OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit,
+                               Prefetch& ahead) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   T* sums = s.sums + chunk * columns;
@@ -111,7 +110,8 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
     if (count == block)
       dot_rows<T, block>(kernel, columns, s.y, columns, totals);
     else
-      for (int64_t r = 0; r < count; ++r) dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
+      for (int64_t r = 0; r < count; ++r)
+        dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
     for (int64_t r = 0; r < count; ++r) {
       const T mass = matrix.a_at(i + r);
       lost |= !(totals[r] > limit) && mass != T(0);
@@ -154,22 +154,26 @@ OBJSLOT_INLINE bool set_columns(const Matrix<T>& matrix, State<T>& s, const T* x
 }
 
 template <class T>
-OBJSLOT_INLINE void write_plan_chunk(const Matrix<T>& matrix, State<T>& s, const SinkhornResult& result, int64_t index,
-                                     int64_t chunk, bool streamed, int worker, Prefetch& ahead) {
+OBJSLOT_INLINE void write_plan_chunk(const Matrix<T>& matrix, State<T>& s, const SinkhornResult& result,
+                                     int64_t index, int64_t chunk, bool streamed, int worker,
+                                     Prefetch& ahead) {
   const int64_t m = matrix.m, columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   const bool half = sizeof(T) == 4 && matrix.element != Element::float32;
   T* buffer = s.log.rows + worker * block * columns;
-  const bool direct = !half && m == columns && reinterpret_cast<uintptr_t>(result.plan) % OBJSLOT_VECTOR_BYTES == 0;
+  const bool direct =
+      !half && m == columns && reinterpret_cast<uintptr_t>(result.plan) % OBJSLOT_VECTOR_BYTES == 0;
   for (int64_t i = chunk * chunk_rows; i < end; ++i) {
     const T* kernel = s.kernel + i * columns;
     const int64_t offset = (index * matrix.n + i) * m;
     const Vec<T> x = broadcast(s.x[i]);
     T* target = direct ? static_cast<T*>(result.plan) + offset : buffer;
     if (direct && streamed)
-      for (int64_t j = 0; j < columns; j += width<T>) stream(target + j, x * (load(kernel + j) * load(s.y + j)));
+      for (int64_t j = 0; j < columns; j += width<T>)
+        stream(target + j, x * (load(kernel + j) * load(s.y + j)));
     else
-      for (int64_t j = 0; j < columns; j += width<T>) store(target + j, x * (load(kernel + j) * load(s.y + j)));
+      for (int64_t j = 0; j < columns; j += width<T>)
+        store(target + j, x * (load(kernel + j) * load(s.y + j)));
     if constexpr (sizeof(T) == 4)
       if (half) write_half_row(buffer, result.plan, matrix.element, offset, m);
     if (!half && !direct) copy_row(static_cast<T*>(result.plan) + offset, buffer, m, streamed);
@@ -213,7 +217,8 @@ struct Keeper {
 
 // The whole of one matrix by scalings. Returns false, with nothing usable written, when they leave the range.
 template <class T>
-static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper, Prefetch ahead, int threads) {
+static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper, Prefetch ahead,
+                             int threads) {
   const SinkhornProblem& p = keeper.p;
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
@@ -303,15 +308,10 @@ static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keep
   visit_plan([&](int64_t, int64_t i, T* row) {
     const int64_t offset = (keeper.index * matrix.n + i) * matrix.m;
     if constexpr (sizeof(T) == 4)
-      if (matrix.element != Element::float32) return write_half_row(row, result.plan, matrix.element, offset, matrix.m);
+      if (matrix.element != Element::float32)
+        return write_half_row(row, result.plan, matrix.element, offset, matrix.m);
     copy_row(static_cast<T*>(result.plan) + offset, row, matrix.m, false);
   });
-}
-
-// Whole matrices for each thread, or all threads on one matrix where there are fewer matrices than threads.
-static int useful_threads(const SinkhornProblem& p, int threads) {
-  const int64_t useful = p.batch * p.n * p.m / entries_per_thread;
-  return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
 }
 
 template <class T>
@@ -332,7 +332,8 @@ static void solve(const SinkhornProblem& p, const SinkhornResult& result, void* 
     if (more && bytes <= prefetch_bytes && p.element != Element::float16 && p.element != Element::bfloat16) {
       // Spread over the last sweeps, but not so thin that the first rows are evicted again.
       const int64_t sweeps = p.n_iters < 3 ? p.n_iters : 3;
-      ahead.next = static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * static_cast<int64_t>(sizeof(T));
+      ahead.next =
+          static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * static_cast<int64_t>(sizeof(T));
       ahead.end = ahead.next + ((p.n - 1) * p.row_stride + p.m) * static_cast<int64_t>(sizeof(T));
       ahead.step = ((ahead.end - ahead.next) / (sweeps * ((p.n + block - 1) / block)) + 63) / 64 * 64;
     }
@@ -340,7 +341,8 @@ static void solve(const SinkhornProblem& p, const SinkhornResult& result, void* 
     if (!solve_by_scaling(matrix, s, keeper, ahead, team)) solve_by_logarithms(matrix, s, keeper, team);
   };
   if (p.batch < threads) {
-    for (int64_t index = 0; index < p.batch; ++index) one(index, false, Arena{static_cast<char*>(workspace)}, threads);
+    for (int64_t index = 0; index < p.batch; ++index)
+      one(index, false, Arena{static_cast<char*>(workspace)}, threads);
     return;
   }
   const int64_t share = workspace_of<T>(p, 1);

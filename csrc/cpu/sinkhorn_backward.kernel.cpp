@@ -1,247 +1,16 @@
 // The exact gradient of the truncated iteration, without exponentials of matrices.
 //
-// Iterations t = L .. 1 are undone in turn, with r, s, s' the scalings relative to the last ones (r = x_t / x_L,
-// s = y_t / y_L, s' = y_{t-1} / y_L) and the gradients of the logarithms of the scalings:
+// Iterations t = L .. 1 are undone in turn, with r, s, s' the scalings relative to the last ones (r = x_t /
+// x_L, s = y_t / y_L, s' = y_{t-1} / y_L) and the gradients of the logarithms of the scalings:
 //
 //     q = grad_g / b * s        grad_f -= r * (plan q)
 //     p = grad_f / a * r        grad_g  = -s' * (plan' p)
 //     grad_scores = plan / eps * (grad_plan - sum over t of (r q' + p s''))
 //
 // so every iteration is one sweep over the plan and a correction of rank two.
-#include "sinkhorn_log.h"
+#include "sinkhorn_undo.h"
 
 namespace objslot::OBJSLOT_ISA {
-
-constexpr int64_t stream_bytes = int64_t{4} << 20;
-constexpr int64_t prefetch_bytes = int64_t{300} << 10;
-constexpr int64_t entries_per_thread = 16384;
-
-// Powers of two that the potentials may have moved by: more where the plan holds every entry, for entries that
-// were rounded to zero matter as soon as they are scaled up.
-template <class T>
-constexpr T most_moved = sizeof(T) == 4 ? T(60) : T(800);
-template <class T>
-constexpr T most_moved_with_gaps = T(4);
-
-template <class T>
-struct Gradients {
-  const Matrix<T>& matrix;
-  const SinkhornProblem& p;
-  const SinkhornGradient& out;
-  int64_t index, count;
-  bool logarithms;  // the history holds potentials, not scalings
-
-  OBJSLOT_INLINE_MEMBER const T* slot(int64_t s) const {
-    return static_cast<const T*>(out.history.f) + (s * p.batch + index) * p.n;
-  }
-  OBJSLOT_INLINE_MEMBER const T* offset() const { return slot(0); }
-  OBJSLOT_INLINE_MEMBER const T* x(int64_t t) const { return slot(t + 1); }
-  OBJSLOT_INLINE_MEMBER const T* y(int64_t t) const {
-    return static_cast<const T*>(out.history.g) + (t * p.batch + index) * p.m;
-  }
-  OBJSLOT_INLINE_MEMBER bool half() const { return sizeof(T) == 4 && matrix.element != Element::float32; }
-};
-
-template <class T>
-struct Rows {
-  const T* base;
-  int64_t stride;
-  OBJSLOT_INLINE_MEMBER const T* at(int64_t i) const { return base + i * stride; }
-};
-
-template <class T>
-struct Work {
-  T* plan;      // (n, columns) where it is made anew; the log-domain path collects the gradient here
-  T* gradient;  // (n, columns) where grad_plan has a half type
-  T* zeros;     // (columns) in place of a missing grad_plan
-  T* grad_f;    // (n)
-  T* grad_g;    // (columns)
-  T* grad_a;    // (n)
-  T* grad_b;    // (columns)
-  T* inverse;   // (n): 1 / a, 0 where the row is masked; then grad_f / a
-  T* left;      // (n, 2 count): r, p of every iteration
-  T* right;     // (2 count, columns): q, s' of every iteration
-  T* holes;     // (columns): 1 where the plan is zero because the column is masked
-  T* sums;      // (chunks, columns)
-  T* scaled_g;  // (columns)
-  T* earlier_g; // (columns)
-  T* rows;      // (threads, block + 1, columns)
-  unsigned char* gaps;  // (chunks)
-};
-
-template <class T>
-static Work<T> lay_out(Arena& arena, const Matrix<T>& matrix, int64_t iterations, int threads) {
-  const int64_t n = matrix.n, columns = matrix.columns, chunks = matrix.chunks();
-  Work<T> w;
-  w.plan = arena.take<T>(n * columns);
-  w.gradient = arena.take<T>(n * columns);
-  w.zeros = arena.take<T>(columns);
-  w.grad_f = arena.take<T>(n);
-  w.grad_g = arena.take<T>(columns);
-  w.grad_a = arena.take<T>(n);
-  w.grad_b = arena.take<T>(columns);
-  w.inverse = arena.take<T>(n);
-  w.left = arena.take<T>(n * 2 * iterations);
-  w.right = arena.take<T>(2 * iterations * columns);
-  w.holes = arena.take<T>(columns);
-  w.sums = arena.take<T>(chunks * columns);
-  w.scaled_g = arena.take<T>(columns);
-  w.earlier_g = arena.take<T>(columns);
-  w.rows = arena.take<T>(threads * (block + 1) * columns);
-  w.gaps = arena.take<unsigned char>(chunks);
-  return w;
-}
-
-template <class T>
-OBJSLOT_INLINE Vec<T> none_where(Bits<T> condition, Vec<T> value) {
-  return condition ? Vec<T>{} : value;
-}
-
-template <class T>
-constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
-
-// The largest ratio of a scaling to its last value, as a power of two; NaN or infinity when unusable.
-template <class T>
-static T furthest_move(const Gradients<T>& g) {
-  const auto scan = [](const T* now, const T* last, int64_t size, T most) {
-    Vec<T> top = broadcast(most), sum{};
-    for (int64_t j = 0; j < size; j += width<T>) {
-      const Vec<T> end = load_upto(last + j, size - j);
-      const Vec<T> start = now ? load_upto(now + j, size - j) : broadcast(T(1));
-      const Vec<T> moved = none_where<T>(end == T(0), start / end);
-      top = larger(moved, top);
-      sum += moved;
-    }
-    // The maximum passes over NaN, the sum does not; an infinite sum is unusable too.
-    const T total = sum_lanes<T>(sum);
-    return total - total == T(0) ? largest_lane<T>(top) : total - total;
-  };
-  const int64_t last = g.count - 1;
-  T most_x = 1, most_y = scan(nullptr, g.y(last), g.p.m, T(1));
-  for (int64_t t = 0; t < last; ++t) {
-    most_x = scan(g.x(t), g.x(last), g.p.n, most_x);
-    most_y = scan(g.y(t), g.y(last), g.p.m, most_y);
-  }
-  return log2<T>(broadcast(most_x))[0] + log2<T>(broadcast(most_y))[0];
-}
-
-// Starts every gradient from those of the potentials and finds the masked columns.
-template <class T>
-static void start(const Gradients<T>& g, Work<T>& w) {
-  const int64_t n = g.matrix.n, m = g.matrix.m, columns = g.matrix.columns;
-  const T* grad_f = static_cast<const T*>(g.out.grad_f);
-  const T* grad_g = static_cast<const T*>(g.out.grad_g);
-  fill(w.zeros, columns, T(0));
-  fill(w.grad_a, n, T(0));
-  fill(w.grad_b, columns, T(0));
-  fill(w.grad_g, columns, T(0));
-  fill(w.holes, columns, T(1));
-  for (int64_t i = 0; i < n; ++i) w.grad_f[i] = grad_f ? grad_f[g.index * n + i] : T(0);
-  for (int64_t j = 0; j < m; ++j) {
-    w.grad_g[j] = grad_g ? grad_g[g.index * m + j] : T(0);
-    w.holes[j] = !g.logarithms && g.y(g.count - 1)[j] == T(0) ? T(1) : T(0);
-  }
-}
-
-template <class T>
-OBJSLOT_INLINE void add_columns(const Matrix<T>& matrix, const T* sums, T* total) {
-  for (int64_t j = 0; j < matrix.columns; j += width<T>) {
-    Vec<T> sum = load(sums + j);
-    for (int64_t c = 1; c < matrix.chunks(); ++c) sum += load(sums + c * matrix.columns + j);
-    store(total + j, sum);
-  }
-}
-
-// One row of the plan as the forward wrote it, into padded memory.
-template <class T>
-OBJSLOT_INLINE void scaled_row(const T* row, T scale, T offset, T x, const T* y, int64_t m, T* out) {
-  for (int64_t j = 0; j < m; j += width<T>) {
-    const Vec<T> kernel = exp2<T>(fused(load_upto(row + j, m - j), broadcast(scale), broadcast(offset)));
-    store(out + j, x * (kernel * load(y + j)));
-  }
-}
-
-// grad_f and the column sums of plan * grad_plan for R rows; the smallest entry of the plan into `low`.
-template <class T, int R>
-OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient, const T* holes, int64_t m, T* grad_f,
-                                  T* sums, Vec<T>& low) {
-  Vec<T> total[R] = {};
-  for (int64_t j = 0; j < m; j += width<T>) {
-    const int64_t left = m - j;
-    const Vec<T> hole = load(holes + j);
-    Vec<T> sum = load(sums + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> entry = load_upto(plan[r] + j, left);
-      const Vec<T> product = entry * load_upto(gradient[r] + j, left);
-      low = smaller<T>(entry + hole, low);
-      total[r] += product;
-      sum += product;
-    }
-    store(sums + j, sum);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) grad_f[r] += sum_lanes<T>(total[r]);
-}
-
-template <class T>
-static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient, int threads) {
-  const Matrix<T>& matrix = g.matrix;
-  const int64_t m = matrix.m, columns = matrix.columns;
-  const bool made = plan.base == w.plan, converted = gradient.base == w.gradient;
-  const T* last_x = g.x(g.count - 1);
-  if (made) {
-    const T* last_y = g.y(g.count - 1);
-    for (int64_t j = 0; j < columns; ++j) w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
-  }
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
-    T* sums = w.sums + chunk * columns;
-    fill(sums, columns, T(0));
-    Vec<T> low = broadcast(T(1));
-    const int64_t end = end_of_chunk(matrix, chunk);
-    for (int64_t i = chunk * chunk_rows; i < end; i += block) {
-      const int64_t rows = end - i < block ? end - i : block;
-      const T *plan_rows[block], *gradient_rows[block];
-      bool masked = false;
-      for (int64_t r = 0; r < rows; ++r) {
-        if (made) {
-          const T* row = matrix.row(i + r, w.rows + worker * (block + 1) * columns);
-          T* target = w.plan + (i + r) * columns;
-          if (g.logarithms)
-            plan_row(row, matrix.inverse_eps, last_x[i + r], w.scaled_g, m, target);
-          else
-            scaled_row(row, matrix.scale, g.offset()[i + r], last_x[i + r], w.scaled_g, m, target);
-        }
-        if (converted) {
-          const int64_t offset = g.index * g.out.grad_batch_stride + (i + r) * g.out.grad_row_stride;
-          read_row<T>(g.out.grad_plan, matrix.element, offset, m, w.gradient + (i + r) * columns);
-        }
-        plan_rows[r] = plan.at(i + r);
-        gradient_rows[r] = gradient.at(i + r);
-        masked |= last_x[i + r] == T(0);
-      }
-      Vec<T> seen = low;
-      if (rows == block)
-        multiply_rows<T, block>(plan_rows, gradient_rows, w.holes, m, w.grad_f + i, sums, seen);
-      else
-        for (int64_t r = 0; r < rows; ++r)
-          multiply_rows<T, 1>(plan_rows + r, gradient_rows + r, w.holes, m, w.grad_f + i + r, sums, seen);
-      // A block with a masked row tells nothing about gaps; its other rows are checked one by one.
-      if (!masked) {
-        low = seen;
-      } else {
-        for (int64_t r = 0; r < rows; ++r)
-          if (last_x[i + r] != T(0))
-            for (int64_t j = 0; j < m; j += width<T>)
-              low = smaller<T>(load_upto(plan_rows[r] + j, m - j) + load(w.holes + j), low);
-      }
-    }
-    w.gaps[chunk] = -largest_lane<T>(-low) < std::numeric_limits<T>::min();
-  });
-  T* total = w.scaled_g;
-  add_columns(matrix, w.sums, total);
-  for (int64_t j = 0; j < m; ++j) w.grad_g[j] += total[j];
-}
 
 // What iteration t needs before its sweep: 1 / a, and q and s' of the columns.
 template <class T>
@@ -281,8 +50,8 @@ static void prepare(const Gradients<T>& g, Work<T>& w, int64_t t) {
 
 // Rows of iteration t: from the products with q to p.
 template <class T>
-OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows, const T* products,
-                              T* factors) {
+OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows,
+                              const T* products, T* factors) {
   const int64_t rank = 2 * g.count;
   for (int64_t r = 0; r < rows; ++r) {
     T* left = w.left + (i + r) * rank + 2 * t;
@@ -295,7 +64,8 @@ OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int6
 }
 
 template <class T>
-OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights, int64_t m, T* products) {
+OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights,
+                                     int64_t m, T* products) {
   if (rows == block)
     dot_rows<T, block>(plan.at(i), plan.stride, weights, m, products);
   else
@@ -304,8 +74,9 @@ OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t row
 
 // R rows by C vectors of plan / eps * (gradient - left right).
 template <class T, int R, int C, bool Streamed>
-OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left, const T* right, int64_t rank,
-                                 int64_t columns, int64_t j, Vec<T> inverse_eps, T* const* out) {
+OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left,
+                                 const T* right, int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps,
+                                 T* const* out) {
   Vec<T> value[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -335,8 +106,9 @@ OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient,
 }
 
 template <class T, int R, bool Streamed>
-OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, const T* left, const T* right, int64_t rank,
-                                 const Matrix<T>& matrix, Vec<T> inverse_eps, T* const* out) {
+OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, const T* left,
+                                 const T* right, int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps,
+                                 T* const* out) {
   constexpr int C = OBJSLOT_VECTOR_BYTES == 64 ? 4 : 2;
   const int64_t m = matrix.m, columns = matrix.columns;
   int64_t j = 0;
@@ -346,31 +118,37 @@ OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient,
     correct_tile<T, R, 1, Streamed>(plan, gradient, left, right, rank, columns, j, inverse_eps, out);
   for (int r = 0; r < R && j < m; ++r) {
     Vec<T> value = -load_first(gradient[r] + j, m - j);
-    for (int64_t k = 0; k < rank; ++k) value = fused(broadcast(left[r * rank + k]), load(right + k * columns + j), value);
-    // Only the padded buffer has room for a whole vector, and only it is used for rows that end in part of one.
+    for (int64_t k = 0; k < rank; ++k)
+      value = fused(broadcast(left[r * rank + k]), load(right + k * columns + j), value);
+    // Only the padded buffer has room for a whole vector, and only it is used for rows that end in part of
+    // one.
     store(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value);
   }
 }
 
 // A masked column has no plan, but its scores counted when the rows were first set, with y = 1.
 template <class T>
-OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, T factor, const T* holes, T* out) {
+OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, T factor, const T* holes,
+                               T* out) {
   for (int64_t j = 0; j < matrix.m; j += width<T>) {
     const Vec<T> scores = load_upto(row + j, matrix.m - j);
-    const Vec<T> value = factor * matrix.inverse_eps * exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
+    const Vec<T> value =
+        factor * matrix.inverse_eps * exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
     store(out + j, load(holes + j) == T(0) ? load(out + j) : value);
   }
 }
 
 // The last sweep: iteration 0 and the gradient of the scores.
 template <class T>
-static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient, int threads) {
+static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
+                   int threads) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns, rank = 2 * g.count;
   const bool streamed = g.p.batch * g.p.n * m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
   bool holes = false;
   for (int64_t j = 0; j < m; ++j) holes |= w.holes[j] != T(0);
-  const bool aligned = m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
+  const bool aligned =
+      m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
   const bool direct = !g.half() && !holes && aligned;
   const Vec<T> inverse_eps = broadcast(matrix.inverse_eps);
   for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
@@ -386,17 +164,19 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
       for (int64_t r = 0; r < rows; ++r) {
         plan_rows[r] = plan.at(i + r);
         gradient_rows[r] = gradient.at(i + r);
-        out[r] = direct ? static_cast<T*>(g.out.grad_scores) + (g.index * matrix.n + i + r) * m : buffer + r * columns;
+        out[r] = direct ? static_cast<T*>(g.out.grad_scores) + (g.index * matrix.n + i + r) * m
+                        : buffer + r * columns;
       }
       const T* left = w.left + i * rank;
       if (rows == block && direct && streamed)
         correct_rows<T, block, true>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
       else if (rows == block)
-        correct_rows<T, block, false>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
+        correct_rows<T, block, false>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps,
+                                      out);
       else
         for (int64_t r = 0; r < rows; ++r)
-          correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix, inverse_eps,
-                                    out + r);
+          correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix,
+                                    inverse_eps, out + r);
       for (int64_t r = 0; r < rows && !direct; ++r) {
         const int64_t offset = (g.index * matrix.n + i + r) * m;
         if (holes)
@@ -415,7 +195,8 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
 }
 
 template <class T>
-static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient, int threads) {
+static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
+                         int threads) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns;
   if (g.logarithms) return false;
@@ -441,7 +222,8 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
         if (rows == block)
           add_rows<T, block>(plan.at(i), plan.stride, factors, m, sums);
         else
-          for (int64_t r = 0; r < rows; ++r) add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
+          for (int64_t r = 0; r < rows; ++r)
+            add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
       }
     });
     add_columns(matrix, w.sums, w.grad_g);
@@ -453,91 +235,9 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
   return true;
 }
 
-// The same from the scores, with exponentials in every iteration: for potentials that moved far, and where only
-// their logarithms are known.
 template <class T>
-static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gradient, int threads) {
-  const Matrix<T>& matrix = g.matrix;
-  const int64_t m = matrix.m, columns = matrix.columns;
-  start(g, w);
-  multiply(g, w, Rows<T>{w.plan, columns}, gradient, threads);
-  // From here on w.plan collects eps * grad_scores.
-  for_chunks(matrix, threads, [&](int64_t chunk, int) {
-    for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i)
-      for (int64_t j = 0; j < m; j += width<T>) {
-        T* entry = w.plan + i * columns + j;
-        store(entry, load(entry) * load_upto(gradient.at(i) + j, m - j));
-      }
-  });
-  // Where nothing is: the value of a masked scaling, or of its logarithm.
-  const T nothing = g.logarithms ? minus_infinity<T> : T(0);
-  const auto columns_of = [&](int64_t t, T* target) {
-    fill(target, columns, nothing);
-    if (t < 0)
-      fill(target, m, g.logarithms ? T(0) : T(1));
-    else
-      __builtin_memcpy(target, g.y(t), m * sizeof(T));
-  };
-  const auto make_row = [&](const T* row, int64_t t, int64_t i, const T* weights, T* out) {
-    if (g.logarithms)
-      plan_row(row, matrix.inverse_eps, g.x(t)[i], weights, m, out);
-    else
-      scaled_row(row, matrix.scale, g.offset()[i], g.x(t)[i], weights, m, out);
-  };
-  for (int64_t t = g.count - 1; t >= 0; --t) {
-    T* share = w.right;
-    columns_of(t, w.scaled_g);
-    columns_of(t - 1, w.earlier_g);
-    for (int64_t j = 0; j < columns; ++j) {
-      share[j] = w.scaled_g[j] == nothing ? T(0) : w.grad_g[j] / (matrix.b ? matrix.b[j] : matrix.b0);
-      w.grad_b[j] += share[j];
-    }
-    for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
-      T* sums = w.sums + chunk * columns;
-      fill(sums, columns, T(0));
-      T* buffer = w.rows + worker * (block + 1) * columns;
-      T* now = buffer + columns;
-      T* before = now + columns;
-      for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
-        const T* row = matrix.row(i, buffer);
-        make_row(row, t, i, w.scaled_g, now);
-        make_row(row, t, i, w.earlier_g, before);
-        T product;
-        dot_rows<T, 1>(now, columns, share, columns, &product);
-        Vec<T> total{};
-        for (int64_t j = 0; j < m; j += width<T>) total += load_upto(before + j, m - j);
-        const T start = t == g.count - 1 ? w.grad_f[i] : T(0);
-        const bool masked = g.x(t)[i] == nothing;
-        w.grad_a[i] += masked ? T(0) : (start - product) / matrix.a_at(i);
-        // Not by a: weights that sum to one exactly keep rounding from growing with the iterations.
-        const T factor = masked ? T(0) : (start - product) / sum_lanes<T>(total);
-        add_rows<T, 1>(before, columns, &factor, columns, sums);
-        for (int64_t j = 0; j < columns; j += width<T>) {
-          T* entry = w.plan + i * columns + j;
-          store(entry, load(entry) - load(now + j) * load(share + j) - factor * load(before + j));
-        }
-      }
-    });
-    add_columns(matrix, w.sums, w.grad_g);
-    for (int64_t j = 0; j < columns; ++j) w.grad_g[j] = -w.grad_g[j];
-  }
-  for_chunks(matrix, threads, [&](int64_t chunk, int) {
-    for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
-      T* row = w.plan + i * columns;
-      const int64_t offset = (g.index * matrix.n + i) * m;
-      for (int64_t j = 0; j < columns; ++j) row[j] *= matrix.inverse_eps;
-      if constexpr (sizeof(T) == 4)
-        if (g.half()) {
-          write_half_row(row, g.out.grad_scores, matrix.element, offset, m);
-          continue;
-        }
-      copy_row(static_cast<T*>(g.out.grad_scores) + offset, row, m, false);
-    }
-  });
-}
-
-template <class T>
-static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t index, Arena arena, int threads) {
+static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t index, Arena arena,
+                 int threads) {
   const FlushSubnormals flush;
   const Matrix<T> matrix = element_of<T>(p, index);
   Work<T> w = lay_out(arena, matrix, p.n_iters, threads);
@@ -552,11 +252,6 @@ static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t 
   if (!undo_by_plan(g, w, plan, gradient, threads)) undo_by_scores(g, w, gradient, threads);
   if (out.grad_a) __builtin_memcpy(static_cast<T*>(out.grad_a) + index * p.n, w.grad_a, p.n * sizeof(T));
   if (out.grad_b) __builtin_memcpy(static_cast<T*>(out.grad_b) + index * p.m, w.grad_b, p.m * sizeof(T));
-}
-
-static int useful_threads(const SinkhornProblem& p, int threads) {
-  const int64_t useful = p.batch * p.n * p.m / entries_per_thread;
-  return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
 }
 
 template <class T>
@@ -586,7 +281,8 @@ static int64_t backward_workspace(const SinkhornProblem& p, int threads) {
 
 static void backward(const SinkhornProblem& p, const SinkhornGradient& out, void* workspace, int threads) {
   threads = useful_threads(p, threads);
-  p.element == Element::float64 ? solve<double>(p, out, workspace, threads) : solve<float>(p, out, workspace, threads);
+  p.element == Element::float64 ? solve<double>(p, out, workspace, threads)
+                                : solve<float>(p, out, workspace, threads);
 }
 
 }  // namespace objslot::OBJSLOT_ISA

@@ -1,8 +1,8 @@
 // The log-domain iteration, for matrices whose scalings leave the range of the arithmetic type.
 //
-// Two exponentials an entry and iteration, one sweep over the scores: the column sums are kept relative to the
-// largest term seen so far. Potentials are natural logarithms, used exactly as they are handed out: converted ones
-// would no longer have columns that sum to b, which the gradient feels.
+// Two exponentials an entry and iteration, one sweep over the scores: the column sums are kept relative to
+// the largest term seen so far. Potentials are natural logarithms, used exactly as they are handed out:
+// converted ones would no longer have columns that sum to b, which the gradient feels.
 #pragma once
 
 #include "sinkhorn_passes.h"
@@ -38,7 +38,8 @@ OBJSLOT_INLINE T log_sum_row(const T* row, T scale, const T* g, int64_t m) {
   Vec<T> tops = broadcast(lowest_finite<T>);
   const Vec<T> scales = broadcast(scale);
   const int64_t whole = m / width<T> * width<T>;
-  for (int64_t j = 0; j < whole; j += width<T>) tops = larger(fused(load(row + j), scales, load(g + j)), tops);
+  for (int64_t j = 0; j < whole; j += width<T>)
+    tops = larger(fused(load(row + j), scales, load(g + j)), tops);
   // The padding of g is minus infinity.
   if (whole < m) tops = larger(fused(load_first(row + whole, m - whole), scales, load(g + whole)), tops);
   const T top = largest_lane<T>(tops);
@@ -46,13 +47,15 @@ OBJSLOT_INLINE T log_sum_row(const T* row, T scale, const T* g, int64_t m) {
   Vec<T> sum{};
   for (int64_t j = 0; j < whole; j += width<T>)
     sum += exponential<T>(fused(load(row + j), scales, load(g + j)) + base);
-  if (whole < m) sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, load(g + whole)) + base);
+  if (whole < m)
+    sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, load(g + whole)) + base);
   const T total = sum_lanes<T>(sum);
   return total == T(0) ? -infinity : top + logarithm<T>(broadcast(total))[0];
 }
 
 template <class T>
-OBJSLOT_INLINE void log_rows_chunk(const Matrix<T>& matrix, const LogState<T>& state, int64_t chunk, int worker) {
+OBJSLOT_INLINE void log_rows_chunk(const Matrix<T>& matrix, const LogState<T>& state, int64_t chunk,
+                                   int worker) {
   const T infinity = std::numeric_limits<T>::infinity();
   const int64_t m = matrix.m, columns = matrix.columns;
   T* tops = state.tops + chunk * columns;
@@ -95,10 +98,12 @@ OBJSLOT_INLINE void log_columns(const Matrix<T>& matrix, const LogState<T>& stat
   const T infinity = std::numeric_limits<T>::infinity();
   for (int64_t j = 0; j < matrix.columns; j += width<T>) {
     Vec<T> top = load(state.tops + j);
-    for (int64_t c = 1; c < matrix.chunks(); ++c) top = larger(load(state.tops + c * matrix.columns + j), top);
+    for (int64_t c = 1; c < matrix.chunks(); ++c)
+      top = larger(load(state.tops + c * matrix.columns + j), top);
     Vec<T> sum{};
     for (int64_t c = 0; c < matrix.chunks(); ++c)
-      sum += load(state.sums + c * matrix.columns + j) * exponential<T>(load(state.tops + c * matrix.columns + j) - top);
+      sum += load(state.sums + c * matrix.columns + j) *
+             exponential<T>(load(state.tops + c * matrix.columns + j) - top);
     const int64_t left = matrix.m - j;
     Vec<T> mass = broadcast(matrix.b0);
     if (matrix.b) mass = left < width<T> ? load_first(matrix.b + j, left) : load(matrix.b + j);
@@ -113,11 +118,13 @@ OBJSLOT_INLINE void log_columns(const Matrix<T>& matrix, const LogState<T>& stat
 
 template <class T>
 OBJSLOT_INLINE void log_iteration(const Matrix<T>& matrix, const LogState<T>& state, int threads) {
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) { log_rows_chunk(matrix, state, chunk, worker); });
+  for_chunks(matrix, threads,
+             [&](int64_t chunk, int worker) { log_rows_chunk(matrix, state, chunk, worker); });
   log_columns(matrix, state);
 }
 
-// One row of the plan, e^(row * scale + f + g), into padded memory. Scores and f nearly cancel, so they meet first.
+// One row of the plan, e^(row * scale + f + g), into padded memory. Scores and f nearly cancel, so they meet
+// first.
 template <class T>
 OBJSLOT_INLINE void plan_row(const T* row, T scale, T f, const T* g, int64_t m, T* out) {
   const Vec<T> scales = broadcast(scale), offset = broadcast(f);

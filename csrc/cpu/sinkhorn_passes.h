@@ -11,6 +11,10 @@ namespace objslot::OBJSLOT_ISA {
 constexpr int64_t chunk_rows = 64;
 // Rows that one sweep handles together, so that weights are loaded once for all of them.
 constexpr int block = 4;
+// A matrix above this many bytes of results is written past the caches.
+constexpr int64_t stream_bytes = int64_t{4} << 20;
+// Entries a thread should have at least: starting one costs some microseconds.
+constexpr int64_t entries_per_thread = 16384;
 
 template <class T>
 constexpr T ln2 = T(0.693147180559945309417);
@@ -37,7 +41,7 @@ struct Matrix {
   int64_t offset, row_stride, n, m, columns;  // columns: m rounded up to whole vectors
   T scale;                                    // log2(e) / eps
   T inverse_eps;
-  const T* a;                                 // null: a0 each
+  const T* a;  // null: a0 each
   const T* b;
   T a0, b0;
 
@@ -65,6 +69,12 @@ static Matrix<T> element_of(const SinkhornProblem& p, int64_t index) {
           T(1) / T(p.m)};
 }
 
+// Whole matrices for each thread, or all threads on one matrix where there are fewer matrices than threads.
+static int useful_threads(const SinkhornProblem& p, int threads) {
+  const int64_t useful = p.batch * p.n * p.m / entries_per_thread;
+  return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
+}
+
 // Calls visit(chunk, worker) for every chunk of rows.
 template <class T, class Visit>
 OBJSLOT_INLINE void for_chunks(const Matrix<T>& matrix, int threads, const Visit& visit) {
@@ -86,7 +96,8 @@ struct Prefetch {
   const char* end = nullptr;
   int64_t step = 0;
   OBJSLOT_INLINE_MEMBER void advance() {
-    for (const char* stop = next + step; next < stop && next < end; next += 64) __builtin_prefetch(next, 0, 2);
+    for (const char* stop = next + step; next < stop && next < end; next += 64)
+      __builtin_prefetch(next, 0, 2);
   }
 };
 
@@ -103,7 +114,8 @@ OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, in
   if (whole < m) {
     const Vec<T> weight = load(weights + whole);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
+    for (int r = 0; r < R; ++r)
+      total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r] = sum_lanes<T>(total[r]);

@@ -280,8 +280,8 @@ template <class T>
 OBJSLOT_INLINE Vec<T> log2(Vec<T> x) {
   using E = Exponent<T>;
   // The bits of sqrt(1/2).
-  constexpr auto root_half =
-      static_cast<typename Lanes<T>::Integer>(sizeof(T) == 4 ? int64_t{0x3f3504f3} : int64_t{0x3fe6a09e667f3bcd});
+  constexpr auto root_half = static_cast<typename Lanes<T>::Integer>(
+      sizeof(T) == 4 ? int64_t{0x3f3504f3} : int64_t{0x3fe6a09e667f3bcd});
   const Bits<T> bits = (Bits<T>)x;
   const Bits<T> exponent = (bits - root_half) >> E::mantissa_bits;
   const Vec<T> mantissa = (Vec<T>)(bits - (exponent << E::mantissa_bits));
@@ -315,7 +315,8 @@ OBJSLOT_INLINE uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
 }
 
-// Row elements in the arithmetic type: the memory itself where it has that type, otherwise a copy in `buffer`.
+// Row elements in the arithmetic type: the memory itself where it has that type, otherwise a copy in
+// `buffer`.
 template <class T>
 OBJSLOT_INLINE const T* read_row(const void* base, Element type, int64_t offset, int64_t count, T* buffer) {
   if constexpr (sizeof(T) == 4) {
@@ -328,10 +329,12 @@ OBJSLOT_INLINE const T* read_row(const void* base, Element type, int64_t offset,
       int64_t j = 0;
 #if defined(__AVX512F__)
       for (; j + 16 <= count; j += 16)
-        _mm512_storeu_ps(buffer + j, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j))));
+        _mm512_storeu_ps(buffer + j,
+                         _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j))));
 #elif defined(__AVX2__)
       for (; j + 8 <= count; j += 8)
-        _mm256_storeu_ps(buffer + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
+        _mm256_storeu_ps(buffer + j,
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
 #endif
       for (; j < count; ++j) {
         _Float16 half;
@@ -345,7 +348,8 @@ OBJSLOT_INLINE const T* read_row(const void* base, Element type, int64_t offset,
 }
 
 // The other way round for the half types.
-OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, int64_t offset, int64_t count) {
+OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, int64_t offset,
+                                   int64_t count) {
   uint16_t* target = static_cast<uint16_t*>(base) + offset;
   if (type == Element::bfloat16) {
     for (int64_t j = 0; j < count; ++j) target[j] = to_bfloat16(row[j]);
@@ -354,12 +358,14 @@ OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, i
   int64_t j = 0;
 #if defined(__AVX512F__)
   for (; j + 16 <= count; j += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + j),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(target + j),
+        _mm512_cvtps_ph(_mm512_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   for (; j + 8 <= count; j += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(target + j),
+        _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #endif
   for (; j < count; ++j) {
     const _Float16 half = static_cast<_Float16>(row[j]);

@@ -132,9 +132,7 @@ def test_many_iterations(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_are_exact_and_rows_converge(backend, dtype):
-    plan, error = sinkhorn(
-        cosines(2, 30, 20).to(dtype), eps=0.5, n_iters=50, return_error=True, backend=backend
-    )
+    plan, error = sinkhorn(cosines(2, 30, 20).to(dtype), eps=0.5, n_iters=50, return_error=True, backend=backend)
     precision = torch.finfo(dtype).eps
     torch.testing.assert_close(
         plan.double().sum(-2), torch.full((2, 20), 1 / 20).double(), rtol=4 * precision, atol=1e-6
@@ -256,9 +254,7 @@ def test_marginals_and_gradients_may_be_expanded(backend):
     found = torch.autograd.grad(plan.sum(), (scores, a, b))
     wanted, _ = reference.sinkhorn(scores, a, b)
     torch.testing.assert_close(plan, wanted)
-    torch.testing.assert_close(
-        found, torch.autograd.grad(wanted.sum(), (scores, a, b)), rtol=1e-7, atol=1e-12
-    )
+    torch.testing.assert_close(found, torch.autograd.grad(wanted.sum(), (scores, a, b)), rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -161,9 +161,7 @@ def test_compiles_in_one_graph(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("frames", "n", "d", "c"), [(1, 5, 3, 2), (2, 1, 3, 2), (4, 66, 40, 16)]
-)
+@pytest.mark.parametrize(("frames", "n", "d", "c"), [(1, 5, 3, 2), (2, 1, 3, 2), (4, 66, 40, 16)])
 @pytest.mark.parametrize("eps", [1e-3, 0.05])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,7 +1,8 @@
-// Sinkhorn's algorithm on a batch of score matrices: forward, and the exact backward of the truncated iteration.
+// Sinkhorn's algorithm on a batch of score matrices: forward, and the exact backward of the truncated
+// iteration.
 //
-// The arithmetic type is double for float64 scores and float otherwise. Marginals, potentials and errors have the
-// arithmetic type, scores, plans and their gradients the element type. Strides count elements; the last
+// The arithmetic type is double for float64 scores and float otherwise. Marginals, potentials and errors have
+// the arithmetic type, scores, plans and their gradients the element type. Strides count elements; the last
 // dimension is contiguous everywhere, and outputs are contiguous altogether.
 #pragma once
 
@@ -24,9 +25,9 @@ struct SinkhornProblem {
   double tol;  // negative: none
 };
 
-// What a backward needs of the iterations. Where the scalings stayed in range, f holds the offset of the rows (log2)
-// and then x after every iteration, g holds y, and count is positive. Otherwise f holds nothing and then the
-// natural logarithms of the scalings, g likewise, and count is negative.
+// What a backward needs of the iterations. Where the scalings stayed in range, f holds the offset of the rows
+// (log2) and then x after every iteration, g holds y, and count is positive. Otherwise f holds nothing and
+// then the natural logarithms of the scalings, g likewise, and count is negative.
 struct SinkhornHistory {
   void* f;         // (1 + n_iters, batch, n) or null
   void* g;         // (n_iters, batch, m) or null

@@ -5,8 +5,8 @@
 
 namespace objslot {
 
-// Memory aligned to a page, kept by the calling thread from call to call unless it is very large: a fresh page
-// costs ten times what writing it does. At most one object a thread at a time.
+// Memory aligned to a page, kept by the calling thread from call to call unless it is very large: a fresh
+// page costs ten times what writing it does. At most one object a thread at a time.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes);
@@ -20,7 +20,8 @@ class Workspace {
   bool kept_;
 };
 
-// Asks for huge pages behind a large output that is about to be written for the first time; they cost a fifth.
+// Asks for huge pages behind a large output that is about to be written for the first time; they cost a
+// fifth.
 void prefer_huge_pages(void* data, int64_t bytes);
 
 }  // namespace objslot

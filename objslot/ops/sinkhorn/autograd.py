@@ -66,9 +66,7 @@ class _Reference:
         }
 
     @staticmethod
-    def backward(
-        grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol
-    ):
+    def backward(grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol):
         return differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iters, tol)
 
 
@@ -80,9 +78,7 @@ def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iter
         if not again:
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
-        leaves = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.requires_grad_() for t in inputs
-        ]
+        leaves = [None if t is None else t.view_as(t) if t.requires_grad else t.requires_grad_() for t in inputs]
         found = reference.scalings(*leaves, eps=eps, n_iters=n_iters, tol=tol)
         outputs, gradients = [], []
         if grad_plan is not None:
@@ -106,8 +102,7 @@ def _sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error
     found = _implementation(name).forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error)
     dtypes = _dtypes(scores)
     return tuple(
-        scores.new_empty(0, dtype=dtypes[name]) if found[name] is None else found[name].contiguous()
-        for name in dtypes
+        scores.new_empty(0, dtype=dtypes[name]) if found[name] is None else found[name].contiguous() for name in dtypes
     )
 
 
@@ -126,9 +121,7 @@ def _sinkhorn_backward(
         grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol
     )
     like = (scores, history_f, history_f)
-    return tuple(
-        t.new_empty(0) if grad is None else grad.contiguous() for t, grad in zip(like, grads, strict=True)
-    )
+    return tuple(t.new_empty(0) if grad is None else grad.contiguous() for t, grad in zip(like, grads, strict=True))
 
 
 def _fake_sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, backend):
@@ -181,9 +174,7 @@ def _backward(ctx, grad_plan, grad_f, grad_g, *_):
         return (*differentiable_backward(*grads, scores, a, b, *ctx.settings), *nothing)
     if not ctx.history:
         raise RuntimeError("objslot::sinkhorn was called with history=False, so it has no gradient")
-    found = torch.ops.objslot.sinkhorn_backward(
-        *grads, scores, a, b, plan, *iterations, *ctx.settings, ctx.backend
-    )
+    found = torch.ops.objslot.sinkhorn_backward(*grads, scores, a, b, plan, *iterations, *ctx.settings, ctx.backend)
     return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 

@@ -11,13 +11,13 @@ from objslot.ops._dtypes import compute_dtype
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
-def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error):
-    """The results of the op by name; None for what is not asked for."""
+def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, plan=None):
+    """The results of the op by name; None for what is not asked for. `plan` is memory to write the plan to."""
     *batch, n, m = scores.shape
     dtype = compute_dtype(scores.dtype)
     scores, a, b = _rows(scores), _rows(a, 1), _rows(b, 1)
     found = {
-        "plan": torch.empty((*batch, n, m), dtype=scores.dtype) if store_plan else None,
+        "plan": torch.empty((*batch, n, m), dtype=scores.dtype) if store_plan and plan is None else plan,
         "f": None if store_plan else torch.empty((*batch, n), dtype=dtype),
         "g": None if store_plan else torch.empty((*batch, m), dtype=dtype),
         "error": torch.empty(batch, dtype=dtype) if return_error else None,

@@ -102,9 +102,7 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
 
 def _potential(log_mass: Tensor, lse: Tensor) -> Tensor:
     nothing = (log_mass == _NOTHING) | (lse == _NOTHING)
-    return torch.where(
-        nothing, _NOTHING, torch.where(nothing, 0.0, log_mass) - torch.where(nothing, 0.0, lse)
-    )
+    return torch.where(nothing, _NOTHING, torch.where(nothing, 0.0, log_mass) - torch.where(nothing, 0.0, lse))
 
 
 def _exponentiate(logits: Tensor, f: Tensor, g: Tensor) -> Tensor:

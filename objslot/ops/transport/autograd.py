@@ -49,9 +49,7 @@ class _Reference:
 
     @staticmethod
     def forward(x, y, values, a, b, eps, n_iters, similarity):
-        return reference.sinkhorn_transport(
-            x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity
-        )
+        return reference.sinkhorn_transport(x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity)
 
     @staticmethod
     def backward(grad, x, y, values, a, b, eps, n_iters, similarity):
@@ -70,9 +68,7 @@ def differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity):
         if not again:
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
-        leaves = [
-            None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs
-        ]
+        leaves = [None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs]
         out = reference.sinkhorn_transport(*leaves, eps=eps, n_iters=n_iters, similarity=similarity)
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
@@ -141,9 +137,7 @@ _library.impl("alignment", _alignment, "CompositeExplicitAutograd")
 torch.library.register_fake("objslot::sinkhorn_transport", _fake_transport, lib=_library)
 torch.library.register_fake("objslot::sinkhorn_transport_backward", _fake_backward, lib=_library)
 torch.library.register_fake("objslot::alignment", _fake_alignment, lib=_library)
-torch.library.register_autograd(
-    "objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library)
 
 _backends.register("sinkhorn_transport", "cpu", why_not_cpu)
 _backends.register("sinkhorn_transport", "reference", lambda **facts: None)

@@ -70,15 +70,16 @@ def alignment(tokens, values, masses, eps, n_iters, similarity):
     clips = [_flat(t, trailing) for t, trailing in ((tokens, 3), (values, 3), (out, 3))]
     flat_masses = None if masses is None else _flat(masses, 2)
     rows, columns = torch.tensor(firsts + seconds), torch.tensor(seconds + firsts)
+    # One memory for all clips: a fresh page costs more than what is written to it.
+    scores, plan = (torch.empty(2 * len(firsts), n, n, dtype=out.dtype) for _ in range(2))
     for clip in range(clips[0].shape[0]):
         features, moved = (t[clip].to(out.dtype) for t in clips[:2])
         if similarity == "cosine":
             features = _unit(features)[0]
-        scores = torch.empty(2 * len(firsts), n, n, dtype=out.dtype)
         torch.bmm(features[firsts], features[seconds].mT, out=scores[: len(firsts)])
         scores[len(firsts) :] = scores[: len(firsts)].mT
         a, b = (None, None) if masses is None else (flat_masses[clip][rows], flat_masses[clip][columns])
-        plan = _plan(scores, a, b, eps, n_iters)["plan"]
+        _plan(scores, a, b, eps, n_iters, plan=plan)
         clips[2][clip].index_add_(0, rows, plan @ moved[columns])
     return out.to(values.dtype)
 
@@ -100,8 +101,8 @@ def _flat(tensor: Tensor | None, trailing: int) -> Tensor | None:
     return tensor.reshape(batch, *tensor.shape[tensor.dim() - trailing :])
 
 
-def _plan(scores, a, b, eps, n_iters, history=False):
-    return sinkhorn.forward(scores, a, b, eps, n_iters, None, history, True, False)
+def _plan(scores, a, b, eps, n_iters, history=False, plan=None):
+    return sinkhorn.forward(scores, a, b, eps, n_iters, None, history, True, False, plan)
 
 
 def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
