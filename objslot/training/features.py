@@ -128,7 +128,7 @@ class FeatureStore:
             if stored.shape[0] != video.n_frames or stored.shape[1] != self.grid[0] * self.grid[1]:
                 raise ValueError(f"shape {stored.shape}")
             return torch.from_numpy(np.array(stored[list(frames)]))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: stored features of {video.path} cannot be read ({reason(error)})") from error
 
     def _path(self, video: Video, what: str) -> Path:
