@@ -143,8 +143,8 @@ def even_out_keys(encoder: Encoder, frames: Tensor) -> None:
     A few directions hold most of the keys' variance, and a mean they all share hides it from the cosine. Both
     are changed without a change to what the network computes: a shift of the block's input goes into its
     biases, and a map M of a head's keys is undone by the inverse of M on its queries. M is
-    (S + s / 10) ** -1/4, S the covariance of the head's keys and s its mean eigenvalue; the mean length of the
-    keys becomes twice the root of their width.
+    (S + s / 10) ** -1/4, S the covariance of the keys of a head and s its mean eigenvalue; the mean length of
+    the keys becomes twice the root of their width.
     """
     encoder.set_training(False)
     block = encoder.model.blocks[-1]

@@ -1,8 +1,9 @@
 """The subcommands of `objslot`: dataclasses whose fields are the flags. Heavy imports wait until one runs."""
 
+from objslot.commands.demo import Demo
 from objslot.commands.discover import Discover
 from objslot.commands.evaluate import Evaluate
 from objslot.commands.info import Info
 from objslot.commands.train import Train
 
-COMMANDS = {"train": Train, "discover": Discover, "evaluate": Evaluate, "info": Info}
+COMMANDS = {"demo": Demo, "train": Train, "discover": Discover, "evaluate": Evaluate, "info": Info}

@@ -2,7 +2,7 @@
 
 Every layer of a video, the background among them, is printed with the same few colours, so colour says
 little about which layer a pixel belongs to: what tells them apart is their texture, and that they move
-together. Each object of a video has a pattern of its own (stripes, checks, dots, rings, grain, weave); the
+together. Each object of a video has a pattern of its own (stripes, checks, dots, weave, pinstripes); the
 background is a drifting marble.
 
 A video is a pure function of its seed. Random draws come from numpy's PCG64, whose stream is the same on
@@ -42,7 +42,7 @@ class SyntheticVideo(Video):
         seed: what the video is drawn from; the same seed gives the same video. A whole number or several.
         n_frames: length in frames.
         size: frame height and width in pixels, or one number for square frames.
-        n_objects: number of objects, 1 to 6. With two or more, one passes behind another.
+        n_objects: number of objects, 1 to 5. With two or more, one passes behind another.
         fps: frames per second, a nominal value until the video is written.
         name: the video's name; made from the seed when not given.
 

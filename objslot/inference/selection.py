@@ -13,10 +13,10 @@ from objslot.inference.regions import RegionStatistics
 
 _LEAST_MASS = 1e-4
 """Regions under this share of the video are never foreground: they own no position for certain."""
-_THRESHOLD = 0.5
+_THRESHOLD = 0.2
 """Where foreground starts, between the typical position (0) and the most salient region (1)."""
 _SINGLE_THRESHOLD = 0.6
-"""The same where there is one object to find: others that stand out less are not it."""
+"""The same where there is one object to find: what stands out less is not it."""
 
 
 class Selection(NamedTuple):

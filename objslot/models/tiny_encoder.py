@@ -2,8 +2,8 @@
 
 `objslot_tiny` sees luminance only. Its first layer is a fixed bank of Gabor energies at four scales and eight
 orientations, beside the magnitudes of their Fourier transform over orientation, which a rotation leaves as
-they are. The transformer on top has no position embedding. Its weights were learned without labels from procedural
-textures, by `scripts/train_tiny_encoder.py`: it knows textures, not things; it is for the demo and for tests.
+they are. The transformer on top has no position embedding. Its weights were learned without labels from
+procedural textures, by `scripts/train_tiny_encoder.py`: it knows textures, not things.
 """
 
 from __future__ import annotations
