@@ -2,7 +2,7 @@
 
 Every layer of a video, the background among them, is printed with the same few colours, so colour says
 little about which layer a pixel belongs to: what tells them apart is their texture, and that they move
-together. Each object of a video has a pattern of its own (stripes, checks, dots, weave, pinstripes); the
+together. Each object of a video has a pattern of its own (stripes, checks, dots, grain, weave); the
 background is a drifting marble.
 
 A video is a pure function of its seed. Random draws come from numpy's PCG64, whose stream is the same on

@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["BACKGROUND", "PATTERNS", "Texture", "draw_palette", "draw_texture"]
 
-PATTERNS = ("stripes", "checks", "dots", "weave", "pinstripes")
+PATTERNS = ("stripes", "checks", "dots", "grain", "weave")
 BACKGROUND = "marble"
 
 _TABLE = 64  # side of the periodic table of random values behind the noise
@@ -100,6 +100,10 @@ def _dots(texture: Texture, y, x, time):
     return np.clip((0.30 - np.sqrt(fx * fx + fy * fy)) * 8 + 0.5, 0, 1)
 
 
+def _grain(texture: Texture, y, x, time):
+    return _edge(2 * (texture.noise(2.5 * y, 2.5 * x) - 0.5), 1.6)
+
+
 def _weave(texture: Texture, y, x, time):
     over = (np.floor(x) + np.floor(y)) % 2
     thread = np.where(over > 0, np.abs(np.sin(np.pi * x * 2)), np.abs(np.sin(np.pi * y * 2)))
@@ -119,8 +123,8 @@ _FUNCTIONS = {
     "stripes": _stripes,
     "checks": _checks,
     "dots": _dots,
+    "grain": _grain,
     "weave": _weave,
-    "pinstripes": _stripes,
     "marble": _marble,
 }
 
@@ -128,8 +132,8 @@ _FUNCTIONS = {
 _PERIODS = {
     "stripes": (0.045, 0.065),
     "checks": (0.035, 0.05),
-    "dots": (0.036, 0.044),
+    "dots": (0.05, 0.065),
+    "grain": (0.045, 0.06),
     "weave": (0.06, 0.08),
-    "pinstripes": (0.022, 0.027),
     "marble": (0.10, 0.14),
 }

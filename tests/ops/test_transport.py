@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from objslot.ops import _backends
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.transport import alignment, reference, sinkhorn_transport
 
 BACKENDS = [name for name in ("reference", "cpu") if name in _backends.registered()["sinkhorn_transport"]]

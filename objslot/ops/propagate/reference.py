@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 
 # Entries of the affinity that the bounded form holds at a time.
 BOUND = 1 << 24

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _checks
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn import autograd
 
 __all__ = ["facts", "sinkhorn", "sinkhorn_potentials"]

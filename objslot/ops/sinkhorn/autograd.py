@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _backends, _checks, _native
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn import reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")

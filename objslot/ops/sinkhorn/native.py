@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _native
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 

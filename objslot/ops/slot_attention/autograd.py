@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _autocast, _backends, _native, _triton
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_attention import native, reference
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.slot_softmax.reference import (
     masked_softmax,
     reciprocal_or_zero,

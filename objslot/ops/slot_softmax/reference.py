@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import compute_dtype
 
 
 def reciprocal_or_zero(mass: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from objslot.ops._arithmetic import SHORTEST, compute_dtype
 from objslot.ops.sinkhorn import native as sinkhorn
-from objslot.ops.sinkhorn.reference import compute_dtype
-from objslot.ops.transport.reference import SHORTEST
 
 # Scores that are worked on at a time, unless a single matrix has more.
 BLOCK_ENTRIES = 1 << 19

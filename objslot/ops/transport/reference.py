@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor
 
-from objslot.ops._dtypes import compute_dtype
+from objslot.ops._arithmetic import SHORTEST, compute_dtype
 from objslot.ops.sinkhorn import reference as sinkhorn_reference
-
-# A token shorter than this counts as this long: a zero token has cosine 0 with everything.
-SHORTEST = 1e-12
 
 
 def normalise(tokens: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""The dtype in which an op computes."""
+"""How ops compute, whatever the backend: their dtype, and where a length counts as zero."""
 
 import torch
+
+# A token shorter than this counts as this long: a zero token has cosine 0 with everything.
+SHORTEST = 1e-12
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
