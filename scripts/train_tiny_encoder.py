@@ -29,9 +29,7 @@ _PATCH = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--videos", type=int, default=300)
     parser.add_argument("--steps", type=int, default=700)
@@ -44,14 +42,14 @@ def main() -> None:
     videos = SyntheticVideos(_SEED, settings.videos, n_frames=2)
     frames = torch.cat([video.read([0, 1]) for video in videos]).permute(0, 3, 1, 2).contiguous()
     encoder = Encoder(create_tiny_encoder(pretrained=False), name="objslot_tiny", train=True).train()
+    # The class token learns too, through layers that the keys do not depend on.
+    encoder.model.requires_grad_(True)
     width = encoder.width
     heads = nn.ModuleDict({name: _projector(width) for name in ("local", "whole")})
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.05)
     class_tokens = []
-    encoder.model.norm.register_forward_hook(
-        lambda module, arguments, tokens: class_tokens.append(tokens[:, 0])
-    )
+    encoder.model.norm.register_forward_hook(lambda module, arguments, tokens: class_tokens.append(tokens[:, 0]))
     started = time.monotonic()
     for step in range(settings.steps):
         rate = min(1, (step + 1) / 50) * (0.525 + 0.475 * math.cos(math.pi * step / settings.steps))
@@ -96,20 +94,14 @@ def _view(frames: Tensor) -> tuple[Tensor, Tensor]:
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
     shift = (torch.rand(count, 2) - 0.5) * 2 * (1 - scale * 1.2).clamp_min(0).unsqueeze(1)
     cosine, sine = angle.cos() * scale, angle.sin() * scale
-    affine = torch.stack(
-        [torch.stack([cosine * mirror, -sine], 1), torch.stack([sine * mirror, cosine], 1)], 1
-    )
+    affine = torch.stack([torch.stack([cosine * mirror, -sine], 1), torch.stack([sine * mirror, cosine], 1)], 1)
     affine = torch.cat([affine, shift.unsqueeze(2)], 2)
     grid = F.affine_grid(affine, (count, 3, _VIEW, _VIEW), align_corners=False)
     view = F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
     # A new colour for every view: mixed channels, contrast, brightness, sometimes a negative.
     mix = torch.eye(3) + 0.25 * torch.randn(count, 3, 3)
-    contrast = torch.exp(0.3 * torch.randn(count, 1, 1, 1)) * torch.where(
-        torch.rand(count, 1, 1, 1) < 0.3, -1.0, 1.0
-    )
-    view = (
-        torch.einsum("bij,bjhw->bihw", mix, view - 0.5) * contrast + 0.5 + 0.1 * torch.randn(count, 3, 1, 1)
-    )
+    contrast = torch.exp(0.3 * torch.randn(count, 1, 1, 1)) * torch.where(torch.rand(count, 1, 1, 1) < 0.3, -1.0, 1.0)
+    view = torch.einsum("bij,bjhw->bihw", mix, view - 0.5) * contrast + 0.5 + 0.1 * torch.randn(count, 3, 1, 1)
     view = view + 0.01 * torch.randn_like(view)
     return _normalised(view.clamp(0, 1)), affine
 
@@ -179,8 +171,7 @@ def _normalised(frames: Tensor) -> Tensor:
 
 def _write(encoder: Encoder, path: Path) -> None:
     state = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in encoder.model.state_dict().items()
+        name: value.half() if value.is_floating_point() else value for name, value in encoder.model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, path)

@@ -62,7 +62,9 @@ class TextureEmbed(nn.Module):
     def energies(self, frames: Tensor) -> Tensor:
         """Log energies around every patch and their rotation-free magnitudes: (B, h, w, channels)."""
         grey = (frames * self.luminance).sum(1, keepdim=True).to(self.filters.dtype)
-        response = F.conv2d(F.pad(grey, (_RADIUS,) * 4, mode="reflect"), self.filters, stride=_STRIDE)
+        # A frame smaller than a filter cannot be continued by its mirror image.
+        padding = "reflect" if min(grey.shape[-2:]) > _RADIUS else "replicate"
+        response = F.conv2d(F.pad(grey, (_RADIUS,) * 4, mode=padding), self.filters, stride=_STRIDE)
         energy = response.unflatten(1, (2, -1)).square().sum(1).add(1e-12).sqrt()
         channels, stride = energy.shape[1], self.patch_size[0] // _STRIDE
         energy = F.pad(energy, ((len(self.window) - stride) // 2,) * 4, mode="replicate")
@@ -72,11 +74,7 @@ class TextureEmbed(nn.Module):
         # The Fourier transform knows no half precision.
         energy = (energy + _LEAST_ENERGY).log().float().unflatten(1, (len(_PERIODS), _ORIENTATIONS))
         magnitudes = torch.fft.rfft(energy, dim=2).abs() / _ORIENTATIONS
-        return (
-            torch.cat([energy.flatten(1, 2), magnitudes.flatten(1, 2)], dim=1)
-            .permute(0, 2, 3, 1)
-            .to(frames.dtype)
-        )
+        return torch.cat([energy.flatten(1, 2), magnitudes.flatten(1, 2)], dim=1).permute(0, 2, 3, 1).to(frames.dtype)
 
 
 def create_tiny_encoder(pretrained: bool = True) -> VisionTransformer:

@@ -79,6 +79,13 @@ def test_a_model_on_it_survives_saving(tmp_path, video):
     torch.testing.assert_close(again.encode(frames).keys, model.encode(frames).keys)
 
 
+def test_it_can_be_trained_and_takes_the_smallest_frame(video):
+    encoder = build_encoder("objslot_tiny", train=True).train()
+    encoder(normalised(video.read([0]))).keys.square().mean().backward()
+    assert encoder.model.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert encoder.eval()(torch.randn(1, 1, 3, 8, 8)).keys.shape == (1, 1, 1, 128)
+
+
 def test_half_precision(video):
     frames = normalised(video.read([0]))
     exact = build_encoder("objslot_tiny").eval()(frames).keys
