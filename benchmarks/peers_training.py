@@ -1,0 +1,214 @@
+"""A training step in the authors' formulation: what objslot's step is compared with.
+
+Written from the paper's equations, not from anyone's code. Every ordered pair of frames has a plan and a matrix of
+cross-entropies of its own; instances are matched one frame pair, clip and semantics at a time by scipy; both encoders
+are separate modules and the student's is back-propagated through; the optimiser is AdamW as torch builds it; the
+teacher follows parameter by parameter. Losses and gradients equal objslot's to rounding, which `same_losses` checks.
+
+Shapes: B clips of T frames, HW positions, N semantics with P instances each, D channels.
+"""
+
+import copy
+import itertools
+import math
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from objslot.models import SMTC
+from objslot.models.branch import SlotBranch, random_noise
+from objslot.models.correspondence import draw_other_frames
+from objslot.nn.semantic import SemanticSlotAttention
+from objslot.objectives import valid_instances
+
+
+def semantic_alignment_loss(
+    student_logits: Tensor, teacher_masks: Tensor, teacher_keys: Tensor, *, eps: float = 0.05, n_iters: int = 3
+) -> Tensor:
+    """As `objslot.objectives.semantic_alignment_loss` with uniform marginals, pair by pair."""
+    frames, positions = student_logits.shape[1], student_logits.shape[-1]
+    keys = F.normalize(teacher_keys, dim=-1)
+    log_masks = student_logits.log_softmax(dim=2)
+    total = student_logits.new_zeros(())
+    for i, j in itertools.permutations(range(frames), 2):
+        with torch.no_grad():
+            plan = torch.exp(keys[:, i] @ keys[:, j].transpose(1, 2) / eps)
+            for _ in range(n_iters):
+                plan = plan / plan.sum(dim=2, keepdim=True) / positions
+                plan = plan / plan.sum(dim=1, keepdim=True) / positions
+        cross_entropy = -torch.einsum("bnu,bnv->buv", log_masks[:, i], teacher_masks[:, j])
+        total = total + (plan * cross_entropy).sum(dim=(1, 2)).mean()
+    return total / (frames * (frames - 1))
+
+
+def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Tensor, teacher_valid: Tensor) -> Tensor:
+    """As `objslot.objectives.instance_alignment_loss`, one assignment of scipy at a time."""
+    clips, frames, semantics, instances = student.shape[:4]
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher.detach(), dim=-1)
+    total, count = student.new_zeros(()), 0
+    for i, j in itertools.product(range(frames), repeat=2):
+        similarity = torch.einsum("bnpd,bnqd->bnpq", student[:, i], teacher[:, j])
+        for b, n in itertools.product(range(clips), range(semantics)):
+            scores = similarity[b, n]
+            rows, columns = linear_sum_assignment(-scores.detach().cpu().numpy())
+            for p, q in zip(rows, columns, strict=True):
+                if not student_valid[b, i, n, p]:
+                    continue
+                apart = [F.relu(scores[p, other] - 0.5) for other in range(instances) if other != q]
+                total = total + (sum(apart) / max(instances - 1, 1) if apart else 0.0)
+                if teacher_valid[b, j, n, q]:
+                    total = total - scores[p, q]
+                count += 1
+    return total / max(count, 1)
+
+
+def diversity_loss(semantic: Tensor) -> Tensor:
+    """As `objslot.objectives.diversity_loss`, from the whole matrix of cosines."""
+    masks = F.normalize(semantic, dim=-1)
+    cosine = masks @ masks.transpose(-1, -2)
+    apart = ~torch.eye(semantic.shape[-2], dtype=torch.bool, device=semantic.device)
+    return cosine[..., apart].mean()
+
+
+def slot_stage(core: SemanticSlotAttention, initial: Tensor, x: Tensor, mask: Tensor | None, iterations: int):
+    """Slots and last logits of one stage: `initial` (..., G, P, D), x (..., HW, D), mask (..., G, HW) or None."""
+    x = core.norm_inputs(x)
+    keys, values = core.key(x).unsqueeze(-3), core.value(x).unsqueeze(-3)
+    slots = initial
+    for iteration in range(iterations):
+        if iteration == iterations - 1:
+            slots = slots.detach() - initial.detach() + initial
+        logits = core.query(core.norm_slots(slots)) @ keys.transpose(-1, -2) / math.sqrt(core.width)
+        attention = logits.softmax(dim=-2) + core.eps
+        if mask is not None:
+            attention = attention * mask.unsqueeze(-2)
+        attention = attention / attention.sum(dim=-1, keepdim=True)
+        slots = slots + attention @ values
+        slots = slots + core.mlp(core.norm_mlp(slots))
+    return slots, logits
+
+
+class AuthorsModel(nn.Module):
+    """The model that `model` is, with copies of its weights; call it as `SMTC`, on normalised frames.
+
+    Takes the configurations of the paper: uniform marginals, soft aggregation, residual update, one encoder.
+    """
+
+    def __init__(self, model: SMTC):
+        super().__init__()
+        self.config, self.width = model.config, model.width
+        self.encoder = copy.deepcopy(model.encoder)
+        self.teacher_encoder = copy.deepcopy(model.teacher_encoder or model.encoder)
+        self.encoder.set_training(True)
+        self.teacher_encoder.set_training(False)
+        self.student = copy.deepcopy(model.student)
+        self.teacher = copy.deepcopy(model.teacher)
+
+    def slots(self, branch: SlotBranch, keys: Tensor, index: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What both stages find in frames with `keys` (B, T, HW, D)."""
+        config, core, fusion = self.config, branch.slots, branch.fusion
+        clip = torch.arange(len(keys)).view(-1, 1, 1)
+        unit = F.normalize(keys, dim=-1)
+        correspondence = torch.einsum("btud,btkvd->btkuv", unit, unit[clip, index]).mean(dim=2)
+        embedding = fusion.embed(correspondence / fusion.temperature)
+        fused = branch.project(keys) + fusion.norm(embedding) * fusion.scale
+
+        start = core.mu.expand(*fused.shape[:2], 1, -1, -1)
+        semantic_slots, semantic_logits = slot_stage(core, start, fused, None, config.iterations)
+        semantic_slots, semantic_logits = semantic_slots.squeeze(2), semantic_logits.squeeze(2)
+        semantic = semantic_logits.softmax(dim=-2)
+        start = core.mu.unsqueeze(-2) + core.sigma.unsqueeze(-2) * noise
+        instance_slots, _ = slot_stage(core, start, fused, semantic, config.iterations)
+        valid = valid_instances(
+            semantic,
+            semantic_slots,
+            instance_slots,
+            similarity=config.valid_similarity,
+            threshold=config.valid_threshold,
+            area=config.valid_area,
+        )
+        return {
+            "logits": semantic_logits,
+            "semantic": semantic,
+            "objects": branch.head(instance_slots),
+            "valid": valid,
+        }
+
+    def forward(self, student: Tensor, teacher: Tensor, generator=None) -> dict[str, Tensor]:
+        """Losses on frames (B, T, 3, H, W) as the student and the teacher see them."""
+        config = self.config
+        keys = self.encoder(student).keys
+        clips, frames = keys.shape[:2]
+        index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling, generator=generator)
+        shape = (clips, frames, config.slots, config.instances, self.width)
+        found = self.slots(self.student, keys, index, random_noise(shape, keys.device, generator))
+        with torch.no_grad():
+            keys = self.teacher_encoder(teacher).keys
+            target = self.slots(self.teacher, keys, index, random_noise(shape, keys.device, generator))
+            masks = (target["logits"] / config.teacher_temperature).softmax(dim=-2)
+        losses = {
+            "semantic": semantic_alignment_loss(
+                found["logits"], masks, keys, eps=config.eps, n_iters=config.sinkhorn_iterations
+            ),
+            "instance": instance_alignment_loss(
+                found["objects"], target["objects"], found["valid"], target["valid"]
+            ),
+            "diversity": diversity_loss(found["semantic"]),
+        }
+        weights = config.semantic_weight, config.instance_weight, config.diversity_weight
+        total = sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+        return {"loss": total, **losses}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float = 0.999) -> None:
+        """Moving average of every parameter, one after the other."""
+        pairs = ((self.teacher, self.student), (self.teacher_encoder, self.encoder))
+        for teacher, student in pairs:
+            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+                old.copy_(momentum * old + (1 - momentum) * new)
+
+
+class AuthorsStep:
+    """One optimiser step on normalised frames; call it with both views and the generators of the clips."""
+
+    def __init__(self, model: SMTC, *, lr: float = 4e-4, weight_decay: float = 0.1):
+        self.model = AuthorsModel(model)
+        learning = [*self.model.encoder.parameters(), *self.model.student.parameters()]
+        self.optimizer = torch.optim.AdamW([p for p in learning if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+    def __call__(self, student: Tensor, teacher: Tensor, generator=None) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        losses = self.model(student, teacher, generator)
+        losses["loss"].backward()
+        self.optimizer.step()
+        self.model.update_teacher()
+        return losses
+
+
+def same_losses(model: SMTC, student: Tensor, teacher: Tensor, *, relative: float = 1e-4) -> dict[str, float]:
+    """Relative differences of the losses, and of the gradient of the slots, from those of `model`.
+
+    Raises AssertionError when one is above `relative`: times of different computations mean nothing.
+    """
+
+    def measured(module: nn.Module, branch: SlotBranch) -> dict[str, Tensor]:
+        clips = len(student)
+        module.zero_grad()
+        terms = module(student, teacher, [torch.Generator().manual_seed(clip) for clip in range(clips)])
+        terms["loss"].backward()
+        names = ("loss", "semantic", "instance", "diversity")
+        values = {name: terms[name].detach() for name in names}
+        gradients = [p.grad.flatten() for p in branch.parameters() if p.grad is not None]
+        return values | {"gradient": torch.cat(gradients)}
+
+    peer = AuthorsModel(model)
+    own, theirs = measured(model, model.student), measured(peer, peer.student)
+    differences = {
+        name: ((own[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)).item() for name in own
+    }
+    model.zero_grad()
+    wrong = {name: value for name, value in differences.items() if not value <= relative}
+    assert not wrong, f"the peer computes something else: {wrong}"
+    return differences
