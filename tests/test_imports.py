@@ -26,6 +26,7 @@ ALLOWED = {
     "training": {"objectives", "models", "nn", "ops", "data", "errors"},
     "info": {"models", "ops", "errors"},
     "demo": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},
+    "benchmarks": {"training", "objectives", "models", "nn", "ops", "info", "errors"},
     "commands": None,
     "cli": None,
 }

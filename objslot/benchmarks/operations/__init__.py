@@ -1,0 +1,1 @@
+"""What objslot offers, family by family: shapes, inputs, the least work."""
