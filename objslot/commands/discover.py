@@ -48,19 +48,25 @@ class Discover(Command):
 
     def _write_one(self, model, video, folder: Path, settings: dict) -> None:
         from objslot.inference.display import display_maps
-        from objslot.inference.segment import model_regions, to_segmentation
+        from objslot.inference.segment import draw_regions, model_regions
         from objslot.inference.writer import write_segmentation
         from objslot.viz.report import MAX_FRAMES, spread
 
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with progress(f"{video.name}: finding objects") as update:
             regions = model_regions(
-                model, video, instances=self.instances, iterations=self.iterations, progress=update
+                model,
+                video,
+                instances=self.instances,
+                iterations=self.iterations,
+                spool_in=folder.parent,
+                progress=update,
             )
-        found = to_segmentation(regions, video)
+        found = draw_regions(regions, video)
         shown = spread(video.n_frames, MAX_FRAMES)
         attended = [shown[k] for k in spread(len(shown), ATTENTION_FRAMES)]
         maps = display_maps(model, video, regions, attended, iterations=self.iterations)
         with progress(f"{video.name}: writing") as update:
-            write_segmentation(video, found, folder, maps=maps, settings=settings, progress=update)
-        foreground = set(found.foreground).intersection(found.track_ids)
-        say(f"{video.name}: {len(found.track_ids)} objects, {len(foreground)} foreground -> {folder}")
+            summary = write_segmentation(video, found, folder, maps=maps, settings=settings, progress=update)
+        objects, foreground = len(summary["objects"]), len(summary["foreground"])
+        say(f"{video.name}: {objects} objects, {foreground} foreground -> {folder}")

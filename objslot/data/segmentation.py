@@ -4,6 +4,7 @@ know."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,13 @@ from objslot.errors import UserError
 
 MAX_TRACKS = 20
 """Largest number of object proposals per video (the limit of the DAVIS-2017 unsupervised task)."""
+
+
+class FrameLabels(NamedTuple):
+    """The index maps of one frame, uint8 (H, W), as in `VideoSegmentation`."""
+
+    tracks: np.ndarray
+    partition: np.ndarray | None
 
 
 @dataclass
@@ -72,6 +80,10 @@ class VideoSegmentation:
                 "expected uint8 (frames, height, width)"
             )
         return array
+
+    def frame(self, t: int) -> FrameLabels:
+        """The index maps of frame t."""
+        return FrameLabels(self.tracks[t], None if self.partition is None else self.partition[t])
 
     @property
     def n_frames(self) -> int:

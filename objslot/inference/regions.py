@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,8 @@ class RegionStatistics(NamedTuple):
 class VideoRegions(NamedTuple):
     """Soft masks of R regions over T frames on an h x w grid, and what is known of the regions."""
 
-    masks: Tensor
-    """(T, R, h, w), half precision, summing to 1 over R."""
+    masks: Sequence[Tensor]
+    """For each of T frames (R, h, w), half precision, summing to 1 over R."""
     statistics: RegionStatistics
     semantics: Tensor
     """(R,): the semantics that a region is an instance of."""
@@ -88,12 +88,13 @@ def encode_video(
     done, pending = 0, []
 
     def flush() -> FrameFeatures:
-        frames = normalise(torch.stack(pending).to(parameter.device), size)
+        frames = torch.cat(pending)
         pending.clear()
         return encoder(frames[None].to(parameter.dtype))
 
     for frame in video.frames():
-        pending.append(frame)
+        # One at a time: a chunk of large frames in floating point would take gigabytes.
+        pending.append(normalise(frame[None].to(parameter.device), size))
         done += 1
         if len(pending) == CHUNK:
             yield flush()

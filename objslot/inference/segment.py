@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from objslot.data import Video
-from objslot.data.segmentation import VideoSegmentation
+from objslot.data.segmentation import FrameLabels, VideoSegmentation
 from objslot.errors import UserError
 from objslot.inference.regions import (
     InstanceLinker,
@@ -17,9 +22,12 @@ from objslot.inference.regions import (
     encode_video,
 )
 from objslot.inference.selection import select
+from objslot.inference.spool import MaskSpool
 from objslot.models import SMTC
 
 _LARGEST_PARTITION = 255
+_BAND = 2
+"""Rows of the grid that are drawn at once."""
 
 
 def segment_video(
@@ -74,9 +82,13 @@ def model_regions(
     iterations: int | None = None,
     resolution: int | None = None,
     seed: int = 0,
+    spool_in: Path | None = None,
     progress: Progress | None = None,
 ) -> VideoRegions:
-    """Linked instances of all semantics as the regions of a video; arguments as in `segment_video`."""
+    """Linked instances of all semantics as the regions of a video; arguments as in `segment_video`.
+
+    Masks that are too many for memory are kept in a temporary file in the folder `spool_in`.
+    """
     instances = model.config.instances if instances is None else instances
     semantics = model.config.slots
     if semantics * instances > _LARGEST_PARTITION:
@@ -86,7 +98,7 @@ def model_regions(
         )
     was_training = model.training
     model.eval()
-    link, statistics, masks, previous = InstanceLinker(), StatisticsSum(), [], None
+    link, statistics, masks, previous = InstanceLinker(), StatisticsSum(), MaskSpool(spool_in), None
     try:
         short_side = min(model.frame_size) if resolution is None else resolution
         for features in encode_video(model.encoder, video, short_side=short_side, progress=progress):
@@ -101,40 +113,77 @@ def model_regions(
             joint = joint.flatten(1, 2).unflatten(-1, features.grid).float()
             keys = F.normalize(features.keys[0].float(), dim=-1)
             statistics.add(joint, keys)
-            masks.append(joint.half().cpu())
+            masks.append(joint)
     finally:
         model.train(was_training)
     collected = statistics.result()
     return VideoRegions(
-        torch.cat(masks),
+        masks,
         type(collected)(*(part.cpu() for part in collected)),
         torch.arange(semantics).repeat_interleave(instances),
+    )
+
+
+@dataclass(frozen=True)
+class RegionDrawing:
+    """What a `VideoSegmentation` says of a video, each frame drawn when it is asked for."""
+
+    name: str
+    foreground: tuple[int, ...]
+    scores: Mapping[int, float]
+    size: tuple[int, int]
+    _masks: Sequence[Tensor]
+    _table: np.ndarray
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames T."""
+        return len(self._masks)
+
+    def frame(self, t: int) -> FrameLabels:
+        """The index maps of frame t, at the size of the video."""
+        partition = strongest_region(self._masks[t], self.size).numpy()
+        return FrameLabels(self._table[partition], partition)
+
+
+def draw_regions(regions: VideoRegions, video: Video, *, merge_foreground: bool = False) -> RegionDrawing:
+    """Select tracks among the regions, to be drawn frame by frame at the size of the video."""
+    selection = select(regions.statistics, regions.semantics, merge_foreground=merge_foreground)
+    table = np.concatenate([[0], selection.track.numpy()]).astype(np.uint8)
+    return RegionDrawing(
+        video.name, selection.foreground, selection.scores, video.size, regions.masks, table
     )
 
 
 def to_segmentation(
     regions: VideoRegions, video: Video, *, merge_foreground: bool = False
 ) -> VideoSegmentation:
-    """Select tracks among the regions and draw both at the size of the video."""
-    selection = select(regions.statistics, regions.semantics, merge_foreground=merge_foreground)
-    table = torch.cat([torch.zeros(1, dtype=torch.uint8), selection.track.to(torch.uint8)])
-    partition = torch.empty(len(regions.masks), *video.size, dtype=torch.uint8)
-    for masks, drawn in zip(regions.masks, partition, strict=True):
-        drawn.copy_(strongest_region(masks, video.size))
-    return VideoSegmentation(
-        name=video.name,
-        tracks=table[partition.int()].numpy(),
-        foreground=selection.foreground,
-        partition=partition.numpy(),
-        scores=selection.scores,
-    )
+    """Select tracks among the regions and draw both at the size of the video, all frames at once."""
+    drawing = draw_regions(regions, video, merge_foreground=merge_foreground)
+    tracks, partition = (np.empty((drawing.n_frames, *video.size), np.uint8) for _ in range(2))
+    for t in range(drawing.n_frames):
+        tracks[t], partition[t] = drawing.frame(t)
+    return VideoSegmentation(drawing.name, tracks, drawing.foreground, partition, dict(drawing.scores))
 
 
 def strongest_region(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (R, h, w) -> uint8 (height, width): the strongest region after bilinear upsampling, counted from 1."""
+    """Masks (R, h, w) -> uint8 (height, width): the strongest region after bilinear upsampling, counted from 1.
+
+    Drawn in bands of rows, so that the memory does not grow with R times the size of the picture.
+    """
     masks = masks.float()
-    flat = masks.flatten(1)
-    # Only regions that come first or second somewhere can win between positions, near enough; few do.
-    active = flat.topk(min(2, len(flat)), dim=0).indices.unique()
-    winner = F.interpolate(masks[active][None], size, mode="bilinear", align_corners=False)[0].argmax(0)
-    return (active[winner] + 1).to(torch.uint8)
+    rows, height = masks.shape[-2], size[0]
+    place = ((torch.arange(height) + 0.5) * rows / height - 0.5).clamp(0, rows - 1)
+    upper = place.long()
+    lower, share = (upper + 1).clamp(max=rows - 1), place - upper
+    drawn = torch.empty(size, dtype=torch.uint8)
+    for band in torch.arange(height).split(max(1, round(_BAND * height / rows))):
+        first, last = int(upper[band[0]]), int(lower[band[-1]])
+        part = masks[:, first : last + 1]
+        # Only regions that come first or second somewhere can win between positions, near enough; few do.
+        active = part.flatten(1).topk(min(2, len(part)), dim=0).indices.unique()
+        wide = F.interpolate(part[active][None], (part.shape[1], size[1]), mode="bilinear", align_corners=False)[0]
+        above, below = wide[:, upper[band] - first], wide[:, lower[band] - first]
+        winner = torch.lerp(above, below, share[band, None]).argmax(0)
+        drawn[band[0] : band[-1] + 1] = active[winner] + 1
+    return drawn

@@ -12,7 +12,8 @@ OUT/<name>/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from objslot.data.segmentation import VideoSegmentation
 from objslot.data.video import Video
 from objslot.errors import UserError
 from objslot.inference.display import DisplayMaps
+from objslot.inference.segment import RegionDrawing
 from objslot.viz import VideoWriter, contact_sheet, overlay, write_indexed_png
 from objslot.viz.folders import fresh_folder, refuse_existing, safe_name
 from objslot.viz.report import VideoReport, spread
@@ -55,18 +57,21 @@ def output_folders(out: str | Path, names: Iterable[str]) -> list[Path]:
 
 def write_segmentation(
     video: Video,
-    segmentation: VideoSegmentation,
+    segmentation: VideoSegmentation | RegionDrawing,
     folder: str | Path,
     *,
     maps: DisplayMaps | None = None,
     settings: dict | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Writes everything a person wants of one segmented video; frames are decoded and written one at a time.
+) -> dict:
+    """Writes everything a person wants of one segmented video.
+
+    Frames are decoded, drawn and written one at a time: memory does not grow with the length of the video, but for
+    six numbers a track and frame, and what of `MAX_FRAMES` frames goes into the page.
 
     Args:
         video: the frames.
-        segmentation: its tracks, uint8 (T, H, W), and perhaps its partition.
+        segmentation: its tracks and perhaps its partition.
         folder: where to write. Everything is written beside it and renamed when complete, so that a folder
             of this name always holds a whole result.
         maps: what the page shows beside the tracks.
@@ -74,25 +79,22 @@ def write_segmentation(
         progress: called with (frames done, frames in all).
 
     Returns:
-        `folder`.
+        What objects.json holds.
 
     Raises:
         UserError: `folder` exists and is not empty, or the video has other frames than were segmented.
     """
     with fresh_folder(Path(folder)) as partial:
-        _write(partial, video, segmentation, maps or DisplayMaps(), settings or {}, progress)
-    return Path(folder)
+        return _write(partial, video, segmentation, maps or DisplayMaps(), settings or {}, progress)
 
 
-def _write(folder, video, segmentation, maps, settings, progress) -> None:
-    n_frames = len(segmentation.tracks)
+def _write(folder, video, segmentation, maps, settings, progress) -> dict:
+    n_frames = segmentation.n_frames
     shown = set(spread(n_frames, _SHEET_ROWS))
     height, width = video.size
     report = VideoReport(segmentation.name, n_frames, (height, width), video.fps)
     rows, titles, stats = [], [], _Tracks()
     (folder / "masks").mkdir()
-    if segmentation.partition is not None:
-        (folder / "slots").mkdir()
     # People look at the objects; the other proposals stay in masks/ and can be switched on in the page.
     drawn = segmentation.foreground or None
     done = 0
@@ -101,15 +103,15 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
             if t == n_frames:
                 raise UserError(f"{video.name} has more frames than the {n_frames} that were segmented")
             frame = np.asarray(frame)
-            tracks = _fitted(segmentation.tracks[t], frame.shape[:2])
+            labels = segmentation.frame(t)
+            tracks = _fitted(labels.tracks, frame.shape[:2])
             layers = {"objects": tracks}
             write_indexed_png(folder / "masks" / f"{t:05d}.png", tracks)
             stats.add(t, tracks)
-            if segmentation.partition is not None:
-                layers["slots"] = np.asarray(segmentation.partition[t])
-                write_indexed_png(
-                    folder / "slots" / f"{t:05d}.png", _fitted(layers["slots"], frame.shape[:2])
-                )
+            if labels.partition is not None:
+                (folder / "slots").mkdir(exist_ok=True)
+                layers["slots"] = _fitted(labels.partition, frame.shape[:2])
+                write_indexed_png(folder / "slots" / f"{t:05d}.png", layers["slots"])
             picture = overlay(frame, tracks, only=drawn)
             writer.write(picture)
             if maps.semantic is not None and (t in report.shown or t in shown):
@@ -146,7 +148,11 @@ def _write(folder, video, segmentation, maps, settings, progress) -> None:
         "settings": settings,
     }
     (folder / "objects.json").write_text(json.dumps(summary) + "\n")
-    report.write(folder / "report.html", objects)
+    facts = [subtitle]
+    if len(report.shown) < n_frames:
+        facts.append(f"This page shows {len(report.shown)} of the {n_frames} frames; masks/ and overlay.mp4 hold all.")
+    report.write(folder / "report.html", objects, facts=facts)
+    return summary
 
 
 def _sheet_row(frame, picture, layers) -> list[np.ndarray]:
@@ -164,31 +170,33 @@ def _fitted(index, shape: tuple[int, int]) -> np.ndarray:
 
 
 class _Tracks:
-    """Boxes and areas of the tracks, gathered frame by frame."""
+    """Boxes and areas of the tracks, gathered frame by frame as plain numbers."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[str, list]] = {}
+        self._seen: dict[int, array] = {}
 
     def add(self, t: int, tracks: np.ndarray) -> None:
         areas = np.bincount(tracks.ravel(), minlength=256)
         for identity, box in enumerate(ndimage.find_objects(tracks), start=1):
-            if box is None:
-                continue
-            seen = self._seen.setdefault(identity, {"frames": [], "boxes": [], "areas": []})
-            seen["frames"].append(t)
-            seen["boxes"].append([box[1].start, box[0].start, box[1].stop, box[0].stop])
-            seen["areas"].append(int(areas[identity]))
+            if box is not None:
+                seen = self._seen.setdefault(identity, array("l"))
+                seen.extend((t, box[1].start, box[0].start, box[1].stop, box[0].stop, int(areas[identity])))
 
-    def summary(self, scores: dict[int, float], foreground: tuple[int, ...]) -> list[dict]:
+    def summary(self, scores: Mapping[int, float], foreground: tuple[int, ...]) -> list[dict]:
         """One dict a track: boxes are [left, top, right, bottom) in pixels, areas are in pixels."""
-        return [
-            {
-                "id": identity,
-                "score": float(scores[identity]) if identity in scores else None,
-                "foreground": identity in foreground,
-                "first_frame": seen["frames"][0],
-                "last_frame": seen["frames"][-1],
-                **seen,
-            }
-            for identity, seen in sorted(self._seen.items())
-        ]
+        summary = []
+        for identity, numbers in sorted(self._seen.items()):
+            seen = np.asarray(numbers).reshape(-1, 6)
+            summary.append(
+                {
+                    "id": identity,
+                    "score": float(scores[identity]) if identity in scores else None,
+                    "foreground": identity in foreground,
+                    "first_frame": int(seen[0, 0]),
+                    "last_frame": int(seen[-1, 0]),
+                    "frames": seen[:, 0].tolist(),
+                    "boxes": seen[:, 1:5].tolist(),
+                    "areas": seen[:, 5].tolist(),
+                }
+            )
+        return summary

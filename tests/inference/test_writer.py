@@ -36,13 +36,15 @@ def test_the_folder_holds_what_was_segmented(tmp_path):
     partition = np.random.default_rng(0).integers(1, 255, (5, 48, 64), dtype=np.uint8)
     segmentation = clip.segmentation(partition=partition)
     done = []
-    folder = write_segmentation(
+    folder = tmp_path / "out" / "clip"
+    written = write_segmentation(
         clip,
         segmentation,
-        tmp_path / "out" / "clip",
+        folder,
         settings={"instances": 4},
         progress=lambda *a: done.append(a),
     )
+    assert written == json.loads((folder / "objects.json").read_text())
     assert sorted(p.name for p in folder.iterdir()) == [
         "masks",
         "objects.json",
@@ -64,8 +66,7 @@ def test_the_folder_holds_what_was_segmented(tmp_path):
 
 def test_objects_json_describes_the_tracks(tmp_path):
     clip = Clip()
-    folder = write_segmentation(clip, clip.segmentation(), tmp_path / "clip", settings={"instances": 4})
-    summary = json.loads((folder / "objects.json").read_text())
+    summary = write_segmentation(clip, clip.segmentation(), tmp_path / "clip", settings={"instances": 4})
     (track,) = summary.pop("objects")
     assert summary == {
         "name": "clip",
@@ -91,9 +92,9 @@ def test_objects_json_describes_the_tracks(tmp_path):
 def test_maps_of_the_token_grid_are_shown_on_the_sheet(tmp_path):
     clip = Clip()
     maps = DisplayMaps(lambda t: np.full((3, 4), t + 1, np.uint8), {2: np.zeros((3, 2, 3, 4), np.uint8)})
-    with_maps = write_segmentation(clip, clip.segmentation(), tmp_path / "a", maps=maps)
-    without = write_segmentation(clip, clip.segmentation(), tmp_path / "b")
-    assert Image.open(with_maps / "sheet.png").width > Image.open(without / "sheet.png").width
+    write_segmentation(clip, clip.segmentation(), tmp_path / "a", maps=maps)
+    write_segmentation(clip, clip.segmentation(), tmp_path / "b")
+    assert Image.open(tmp_path / "a" / "sheet.png").width > Image.open(tmp_path / "b" / "sheet.png").width
 
 
 def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path):
@@ -108,7 +109,8 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path):
 def test_an_empty_folder_is_used(tmp_path):
     (tmp_path / "clip").mkdir()
     clip = Clip()
-    assert (write_segmentation(clip, clip.segmentation(), tmp_path / "clip") / "objects.json").is_file()
+    write_segmentation(clip, clip.segmentation(), tmp_path / "clip")
+    assert (tmp_path / "clip" / "objects.json").is_file()
 
 
 @pytest.mark.parametrize("frames, message", [(4, "has 4 readable frames"), (6, "has more frames than the 5")])
