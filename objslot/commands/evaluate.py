@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from objslot.commands._common import Command, load_model, option, progress, say
+from objslot.commands._common import Command, load_model, option, say
+from objslot.commands._judging import judge, print_tables
 from objslot.errors import UserError
 
 
@@ -17,8 +16,11 @@ class Evaluate(Command):
     """Judge a model, or the masks of any method, on annotated videos: J and F under named protocols."""
 
     dataset: Annotated[
-        Literal["davis2016", "davis2017", "segtrack2", "fbms", "folder"],
-        option("Layout of the annotated videos; folder: one folder of frames and one of masks a sequence."),
+        Literal["davis2016", "davis2017", "davis2017-semi", "segtrack2", "fbms", "folder"],
+        option(
+            "Layout of the annotated videos; folder: one folder of frames and one of masks a sequence; "
+            "davis2017-semi: the task whose first annotation is given."
+        ),
     ]
     root: Annotated[Path, option("Where the data set is.", "DIR")]
     out: Annotated[Path, option("Where to write results.json, tables and pictures.", "DIR")]
@@ -36,8 +38,13 @@ class Evaluate(Command):
         ),
     ] = None
     protocols: Annotated[
-        str, option("A label-free, B official, C oracle, semi-supervised.", "A,B,C", "A,B,C")
-    ] = "A,B,C"
+        str | None,
+        option(
+            "A label-free, B official, C oracle; semi-supervised, for davis2017-semi.",
+            "A,B,C",
+            "A,B,C, or the only one of davis2017-semi",
+        ),
+    ] = None
     baselines: Annotated[
         bool,
         option(
@@ -49,42 +56,43 @@ class Evaluate(Command):
         if (self.model is None) == (self.predictions is None):
             raise UserError("give one of --model DIR and --predictions DIR")
         from objslot.data.sequences import open_sequences
-        from objslot.evaluation import evaluate_dataset
-        from objslot.evaluation.protocols import check_protocols
-        from objslot.viz.evaluation_report import EvaluationReport
         from objslot.viz.folders import fresh_folder
 
-        protocols = check_protocols(name.strip() for name in self.protocols.split(",") if name.strip())
+        protocols = self._protocols()
         sequences = open_sequences(self.dataset, self.root, self.sequences)
         with fresh_folder(self.out) as folder:
             segment, baselines = self._methods(sequences)
-            report, kept = EvaluationReport(folder), {}
-
-            def segment_and_keep(sequence):
-                kept[sequence.name] = segment(sequence)
-                return kept[sequence.name]
-
-            with progress(f"{self.dataset}: judging", "sequences") as update:
-
-                def judged(sequence, result):
-                    report.add(sequence, kept.pop(sequence.name), result)
-                    done.append(sequence.name)
-                    update(len(done), len(sequences))
-
-                done: list[str] = []
-                results = evaluate_dataset(
-                    segment_and_keep,
-                    sequences,
-                    protocols,
-                    dataset=self.dataset,
-                    baselines=baselines,
-                    settings=self._settings(),
-                    progress=judged,
-                )
-            report.write(results)
-            _write_tables(folder, results)
-        _print_table(results)
+            results = judge(
+                folder,
+                segment,
+                sequences,
+                protocols,
+                dataset=self.dataset,
+                title=f"{self.dataset}: judging",
+                baselines=baselines,
+                settings=self._settings(),
+            )
+        print_tables(results)
         say(f"figures, tables and pictures -> {self.out}")
+
+    def _protocols(self) -> tuple[str, ...]:
+        from objslot.evaluation.protocols import check_protocols
+
+        only = self.dataset == "davis2017-semi"
+        words = self.protocols or ("semi-supervised" if only else "A,B,C")
+        protocols = check_protocols(name.strip() for name in words.split(",") if name.strip())
+        given = "semi-supervised" in protocols
+        if (only and protocols != ("semi-supervised",)) or (given and not only and self.dataset != "folder"):
+            raise UserError(
+                f"--protocols: got {', '.join(protocols)} for --dataset {self.dataset}; expected semi-supervised, and "
+                "nothing else, for davis2017-semi, and not that protocol for other data sets than that and folder"
+            )
+        if given and (self.predictions is None or self.baselines):
+            raise UserError(
+                "the protocol semi-supervised judges masks that continue the first frame's: expected --predictions "
+                "DIR and no --baselines (objslot propagate makes such masks)"
+            )
+        return protocols
 
     def _settings(self) -> dict:
         from objslot import __version__
@@ -124,22 +132,3 @@ class Evaluate(Command):
                     merge_foreground=sequence.merge_objects,
                 )
         return segment, baselines
-
-
-def _write_tables(folder: Path, results: dict) -> None:
-    from objslot.evaluation import markdown_table, plain_table
-
-    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (folder / "table.md").write_text(markdown_table(results))
-    (folder / "table.txt").write_text(plain_table(results))
-
-
-def _print_table(results: dict) -> None:
-    from objslot.evaluation import plain_table, rich_table
-
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(rich_table(results))
-    else:
-        say(plain_table(results).rstrip())

@@ -21,6 +21,8 @@ class Sequence(abc.ABC):
         video: the frames (None for annotations without frames).
         merge_objects: whether the data set's convention is to judge all objects as one foreground.
         first_frame_objects: whether only the objects of the first frame count (DAVIS-2017).
+        first_frame_given: whether the task gives the annotation of the first frame (DAVIS-2017 semi-supervised);
+            then neither the first nor the last frame is judged.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class Sequence(abc.ABC):
         *,
         merge_objects: bool = False,
         first_frame_objects: bool = False,
+        first_frame_given: bool = False,
     ):
         self.name = name
         self.video = video
         self.merge_objects = merge_objects
         self.first_frame_objects = first_frame_objects
+        self.first_frame_given = first_frame_given
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.n_frames} frames)"
@@ -113,6 +117,7 @@ class MaskFileSequence(Sequence):
         video: the frames.
         masks: mask files by frame position, one tuple a frame.
         background: the colour, as 0xRRGGBB, of pixels without an object.
+        conventions: ``merge_objects``, ``first_frame_objects``, ``first_frame_given`` of `Sequence`.
 
     Raises:
         UserError: a mask whose size differs from the frames', naming both.
@@ -125,10 +130,9 @@ class MaskFileSequence(Sequence):
         masks: dict[int, tuple[Path, ...]],
         *,
         background: int | None = None,
-        merge_objects: bool = False,
-        first_frame_objects: bool = False,
+        **conventions: bool,
     ):
-        super().__init__(name, video, merge_objects=merge_objects, first_frame_objects=first_frame_objects)
+        super().__init__(name, video, **conventions)
         self._masks = masks
         self._background = background
         for path in (path for paths in masks.values() for path in paths):

@@ -144,7 +144,9 @@ def _davis_annotations(root: Path, unsupervised: bool) -> Path:
     return proposals if unsupervised and proposals.is_dir() else root / "Annotations" / "480p"
 
 
-def _davis(lists: str, *, merge_objects: bool = False, unsupervised: bool = False) -> _Layout:
+def _davis(
+    lists: str, *, merge_objects: bool = False, unsupervised: bool = False, first_frame_given: bool = False
+) -> _Layout:
     def names(root: Path) -> list[str]:
         frames = set(_folders(root / "JPEGImages" / "480p"))
         return [name for name in _folders(_davis_annotations(root, unsupervised)) if name in frames]
@@ -154,7 +156,12 @@ def _davis(lists: str, *, merge_objects: bool = False, unsupervised: bool = Fals
         folder = _davis_annotations(root, unsupervised) / name
         masks = _match(video, _require_masks(folder), folder)
         return MaskFileSequence(
-            name, video, masks, merge_objects=merge_objects, first_frame_objects=not merge_objects
+            name,
+            video,
+            masks,
+            merge_objects=merge_objects,
+            first_frame_objects=not merge_objects,
+            first_frame_given=first_frame_given,
         )
 
     return _Layout(names, open_one, lists)
@@ -219,7 +226,7 @@ def _open_folder(root: Path, name: str) -> Sequence:
 LAYOUTS = {
     "davis2016": _davis("ImageSets/480p", merge_objects=True),
     "davis2017": _davis("ImageSets/2017", unsupervised=True),
-    "davis2017-semi": _davis("ImageSets/2017"),
+    "davis2017-semi": _davis("ImageSets/2017", first_frame_given=True),
     "segtrack2": _Layout(lambda root: _folders(root / "GroundTruth"), _open_segtrack),
     "fbms": _Layout(lambda root: _folders(_fbms_root(root), holding="GroundTruth"), _open_fbms),
     "folder": _Layout(_folder_names, _open_folder),

@@ -4,7 +4,7 @@ from objslot.evaluation.dataset import evaluate_dataset
 from objslot.evaluation.measures import boundary_f, jaccard
 from objslot.evaluation.predictions import read_predictions
 from objslot.evaluation.protocols import PROTOCOLS, evaluate_sequence
-from objslot.evaluation.tables import markdown_table, plain_table, rich_table
+from objslot.evaluation.tables import markdown_table, plain_table, rich_tables
 
 __all__ = [
     "PROTOCOLS",
@@ -15,5 +15,5 @@ __all__ = [
     "markdown_table",
     "plain_table",
     "read_predictions",
-    "rich_table",
+    "rich_tables",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from objslot.data.sequences import Sequence
 from objslot.errors import UserError
 from objslot.evaluation.predictions import read_predictions
 from objslot.evaluation.protocols import check_protocols, evaluate_sequence, mean_scores
+from objslot.evaluation.workers import usable_cores
 
 Segmenter = Callable[[Sequence], VideoSegmentation]
 
@@ -25,7 +25,7 @@ def evaluate_dataset(
     dataset: str = "",
     baselines: Mapping[str, Segmenter] | None = None,
     merge_objects: bool | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     settings: Mapping | None = None,
     progress: Callable[[Sequence, dict], None] | None = None,
 ) -> dict:
@@ -38,8 +38,7 @@ def evaluate_dataset(
         dataset: the data set's name, for the result.
         baselines: other methods by name, judged the same way.
         merge_objects: judge all objects as one; default: every data set's convention.
-        workers: threads that measure frames side by side. The measures spend their time in numpy, outside the
-            interpreter lock, so that two threads use two cores.
+        workers: processes that measure frames side by side; as many as there are cores by default.
         settings: what to write down beside the figures.
         progress: called after every sequence with the sequence and its result.
 
@@ -63,14 +62,14 @@ def evaluate_dataset(
     }
     methods |= dict(baselines or {})
     judged: dict[str | None, dict[str, dict]] = {name: {} for name in methods}
-    with ThreadPoolExecutor(workers) as executor:
-        for sequence in sequences:
-            for name, method in methods.items():
-                judged[name][sequence.name] = evaluate_sequence(
-                    method(sequence), sequence, protocols, merge_objects, executor=executor
-                )
-            if progress is not None:
-                progress(sequence, judged[None][sequence.name])
+    workers = usable_cores() if workers is None else workers
+    for sequence in sequences:
+        for name, method in methods.items():
+            judged[name][sequence.name] = evaluate_sequence(
+                method(sequence), sequence, protocols, merge_objects, workers=workers
+            )
+        if progress is not None:
+            progress(sequence, judged[None][sequence.name])
     own = _averages(judged.pop(None), protocols)
     beside = {name: _averages(results, protocols) for name, results in judged.items()}
     return {

@@ -5,64 +5,79 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from objslot.data.masks import VOID
+from objslot.data.annotated import Sequence
+from objslot.data.masks import VOID, labels_of
+from objslot.data.segmentation import VideoSegmentation
 from objslot.evaluation.measures import Outlines, boundary_f_matrix, contingency, jaccard_matrix
 from objslot.evaluation.packed import pack, pack_labels
 
 
-@dataclass
-class FrameJob:
-    """Some frames and what has to be measured in them; everything that a worker needs."""
+class Contents(NamedTuple):
+    """What occurs in one frame, or in several."""
 
-    tracks: list[np.ndarray]  # n times uint8 (H, W)
-    partition: list[np.ndarray] | None  # n times uint8 (H, W); None: the tracks are the regions
-    annotations: list[np.ndarray]  # n times uint8 (H, W)
-    objects: tuple[int, ...]
-    foreground: tuple[int, ...]
+    annotated: frozenset[int]
     n_tracks: int
     n_regions: int
+
+    @staticmethod
+    def of_all(frames: list[Contents]) -> Contents:
+        """What occurs in any of the frames."""
+        return Contents(
+            frozenset().union(*(frame.annotated for frame in frames)),
+            max(frame.n_tracks for frame in frames),
+            max(frame.n_regions for frame in frames),
+        )
+
+
+@dataclass(frozen=True)
+class SequenceFrames:
+    """The frames of one sequence and what was found in them."""
+
+    segmentation: VideoSegmentation
+    sequence: Sequence
     merge: bool
     protocols: tuple[str, ...]
 
+    def contents(self, i: int) -> Contents:
+        """Annotated labels and highest track and region of frame i."""
+        tracks, partition = self.segmentation.frame(i)
+        n_tracks = int(tracks.max(initial=0))
+        n_regions = n_tracks if partition is None else int(partition.max(initial=0))
+        return Contents(frozenset(labels_of([self.sequence.annotation(i)])), n_tracks, n_regions)
 
-def measure_frames(job: FrameJob) -> list[dict]:
-    """For every frame the measures that the job's protocols draw on; `_measure_frame` explains the keys."""
-    partition = [None] * len(job.tracks) if job.partition is None else job.partition
-    return [_measure_frame(job, *maps) for maps in zip(job.tracks, partition, job.annotations, strict=True)]
+    def measure(self, i: int, objects: tuple[int, ...], n_tracks: int, n_regions: int) -> dict:
+        """Measures of frame i.
 
-
-def _measure_frame(
-    job: FrameJob, tracks: np.ndarray, partition: np.ndarray | None, annotation: np.ndarray
-) -> dict:
-    """Measures of one frame.
-
-    ``regions``: contingency table of the regions and the single objects. ``J`` and ``F``, (K + 1, G): of
-    every track, and of an empty mask in the last row, against every target. ``A``, ``C``,
-    ``semi-supervised``: J and F of every target, (2, G), where they can be had frame by frame.
-    """
-    truth = Truth(annotation, job.objects, job.merge)
-    judged = Labels(tracks, job.n_tracks, truth)
-    regions = judged if partition is None else Labels(partition, job.n_regions, truth)
-    found = {"regions": regions.table[:-1]}
-    if "B" in job.protocols or ("A" in job.protocols and not job.merge):
-        found["J"], found["F"] = judged.scores
-    if "A" in job.protocols and job.merge:
-        found["A"] = judged.scores_of_union(job.foreground)
-    if "C" in job.protocols and job.merge:
-        found["C"] = regions.scores_of_union(_more_object_than_background(regions.merged_table))
-    elif "C" in job.protocols:
-        j, f = regions.scores
-        rows, _ = assign((j + f) / 2, range(1, job.n_regions + 1), len(job.objects))
-        found["C"] = np.stack([j[rows, range(len(rows))], f[rows, range(len(rows))]])
-    if "semi-supervised" in job.protocols:
-        whole = Truth(annotation, job.objects, merge=False, exclude_void=False)
-        j, f = Labels(tracks, len(job.objects), whole).scores
-        found["semi-supervised"] = np.stack([j[:-1].diagonal(), f[:-1].diagonal()])
-    return found
+        ``regions``: contingency table of the regions and the single objects. ``J`` and ``F``, (K + 1, G): of
+        every track, and of an empty mask in the last row, against every target. ``A``, ``C``,
+        ``semi-supervised``: J and F of every target, (2, G), where they can be had frame by frame.
+        """
+        tracks, partition = self.segmentation.frame(i)
+        annotation, merge, protocols = self.sequence.annotation(i), self.merge, self.protocols
+        truth = Truth(annotation, objects, merge)
+        judged = Labels(tracks, n_tracks, truth)
+        regions = judged if partition is None else Labels(partition, n_regions, truth)
+        found = {"regions": regions.table[:-1]}
+        if "B" in protocols or ("A" in protocols and not merge):
+            found["J"], found["F"] = judged.scores
+        if "A" in protocols and merge:
+            found["A"] = judged.scores_of_union(self.segmentation.foreground)
+        if "C" in protocols and merge:
+            found["C"] = regions.scores_of_union(_more_object_than_background(regions.merged_table))
+        elif "C" in protocols:
+            j, f = regions.scores
+            rows, _ = assign((j + f) / 2, range(1, n_regions + 1), len(objects))
+            found["C"] = np.stack([j[rows, range(len(rows))], f[rows, range(len(rows))]])
+        if "semi-supervised" in protocols:
+            whole = Truth(annotation, objects, merge=False, exclude_void=False)
+            j, f = Labels(tracks, len(objects), whole).scores
+            found["semi-supervised"] = np.stack([j[:-1].diagonal(), f[:-1].diagonal()])
+        return found
 
 
 class Truth:

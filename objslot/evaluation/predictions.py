@@ -25,7 +25,7 @@ def read_predictions(directory: str | Path, name: str, sequence: Sequence | None
         directory: the folder of predictions.
         name: the sequence's name.
         sequence: what the masks must fit. Masks are matched to the frames by their names without suffix (the
-            annotated frames suffice); if none is named like a frame, by their order, if there are as many as
+            judged frames suffice); if none is named like a frame, by their order, if there are as many as
             frames.
 
     Returns:
@@ -73,11 +73,12 @@ def _match(folder: Path, files: list[Path], sequence: Sequence) -> dict[int, Pat
         if len(files) == sequence.n_frames:
             return dict(enumerate(files))
         raise UserError(f"{folder}: {len(files)} masks for the {sequence.n_frames} frames of {sequence.name}")
-    missing = [names[i] for i in sequence.annotated if names[i] not in by_stem]
+    judged = sequence.annotated[1:-1] if sequence.first_frame_given else sequence.annotated
+    missing = [names[i] for i in judged if names[i] not in by_stem]
     if missing:
         raise UserError(
             f"{folder}: no mask for frame {missing[0]} of {sequence.name} "
-            f"({len(missing)} of {len(sequence.annotated)} are missing)"
+            f"({len(missing)} of {len(judged)} are missing)"
         )
     return {i: by_stem[frame] for i, frame in enumerate(names) if frame in by_stem}
 

@@ -17,20 +17,21 @@ merged or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from objslot.data.masks import VOID, labels_of
+from objslot.data.masks import VOID
 from objslot.data.segmentation import VideoSegmentation
 from objslot.data.sequences import Sequence
 from objslot.errors import UserError
-from objslot.evaluation.frames import FrameJob, assign, measure_frames
+from objslot.evaluation.frames import Contents, SequenceFrames, assign
 from objslot.evaluation.measures import foreground_ari, mean_best_overlap, statistics
+from objslot.evaluation.workers import side_by_side
 
 PROTOCOLS = ("A", "B", "C", "semi-supervised")
-FRAMES_PER_JOB = 8
+_FEW_PIXELS = 1 << 22
 
 
 def evaluate_sequence(
@@ -39,7 +40,7 @@ def evaluate_sequence(
     protocols: Iterable[str] = ("A", "B", "C"),
     merge_objects: bool | None = None,
     *,
-    executor: Executor | None = None,
+    workers: int = 1,
 ) -> dict:
     """Judge one segmentation.
 
@@ -48,7 +49,7 @@ def evaluate_sequence(
         sequence: the annotations; frames without one are not judged.
         protocols: names from `PROTOCOLS`.
         merge_objects: judge all objects as one; default: the data set's convention.
-        executor: runs the frames' measures; default: this thread.
+        workers: processes that measure frames side by side.
 
     Returns:
         For every protocol ``J``, ``F``, ``JF``, ``J_recall``, ``J_decay``, ``F_recall`` and ``F_decay``,
@@ -66,9 +67,20 @@ def evaluate_sequence(
     merge = sequence.merge_objects if merge_objects is None else merge_objects
     _check_shape(segmentation, sequence)
     positions = sequence.annotated
-    annotations = [sequence.annotation(i) for i in positions]
-    objects = _objects(sequence, annotations)
-    measured = _measure_all(segmentation, positions, annotations, objects, merge, protocols, executor)
+    frames = SequenceFrames(segmentation, sequence, merge, protocols)
+    # What a sequence keeps of its annotations as a whole, it finds out here, once for all processes.
+    sequence.annotation(positions[0])
+    # Where a sequence takes milliseconds, so would starting processes.
+    workers = workers if len(positions) * math.prod(sequence.size) > _FEW_PIXELS else 1
+    with side_by_side(frames, workers) as run:
+        contents = run("contents", positions)
+        whole = Contents.of_all(contents)
+        objects = _objects(sequence, contents[0].annotated if sequence.first_frame_objects else whole.annotated)
+        if "semi-supervised" in protocols and whole.n_tracks > len(objects):
+            raise UserError(
+                f"{segmentation.name}: holds track {whole.n_tracks}, but the sequence has {len(objects)} objects"
+            )
+        measured = run("measure", positions, (objects, whole.n_tracks, whole.n_regions))
 
     results = {}
     for protocol in protocols:
@@ -105,51 +117,14 @@ def _check_shape(segmentation: VideoSegmentation, sequence: Sequence) -> None:
         )
 
 
-def _objects(sequence: Sequence, annotations: list[np.ndarray]) -> tuple[int, ...]:
-    """Annotation numbers of the objects that count."""
-    judged = annotations[:1] if sequence.first_frame_objects else annotations
-    labels = [label for label in labels_of(judged) if label != VOID]
+def _objects(sequence: Sequence, labels: Iterable[int]) -> tuple[int, ...]:
+    """Annotation numbers of the objects that count, out of the labels that occur where they are looked for."""
+    labels = sorted(set(labels) - {VOID})
     if not labels:
         where = "its first frame" if sequence.first_frame_objects else "any frame"
         raise UserError(f"{sequence.name}: the annotation shows no object in {where}")
     # The published evaluation counts every number up to the highest of the first frame.
-    return tuple(range(1, max(labels) + 1)) if sequence.first_frame_objects else tuple(labels)
-
-
-def _measure_all(
-    segmentation: VideoSegmentation,
-    positions: tuple[int, ...],
-    annotations: list[np.ndarray],
-    objects: tuple[int, ...],
-    merge: bool,
-    protocols: tuple[str, ...],
-    executor: Executor | None,
-) -> list[dict]:
-    n_tracks = int(segmentation.tracks.max(initial=0))
-    if "semi-supervised" in protocols and n_tracks > len(objects):
-        raise UserError(
-            f"{segmentation.name}: holds track {n_tracks}, but the sequence has {len(objects)} objects"
-        )
-    partition = segmentation.partition
-    n_regions = n_tracks if partition is None else int(partition.max(initial=0))
-
-    def jobs():
-        for start in range(0, len(positions), FRAMES_PER_JOB):
-            chosen = positions[start : start + FRAMES_PER_JOB]
-            yield FrameJob(
-                [segmentation.tracks[i] for i in chosen],
-                None if partition is None else [partition[i] for i in chosen],
-                annotations[start : start + FRAMES_PER_JOB],
-                objects,
-                segmentation.foreground,
-                n_tracks,
-                n_regions,
-                merge,
-                protocols,
-            )
-
-    run: Callable = map if executor is None else executor.map
-    return [frame for frames in run(measure_frames, jobs()) for frame in frames]
+    return tuple(range(1, labels[-1] + 1)) if sequence.first_frame_objects else tuple(labels)
 
 
 def _select(

@@ -22,6 +22,7 @@ MEANINGS = {
 }
 _SHEET_ROWS = 12
 _MEASURES = ("J", "F", "JF")
+_STATISTICS = ("JF", "J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
 
 
 class EvaluationReport:
@@ -53,6 +54,8 @@ class EvaluationReport:
             "protocol": protocols[0],
             "length": sequence.n_frames,
             "scores": {name: {m: result[name][m] for m in _MEASURES} for name in protocols},
+            "regions": result["regions"],
+            "objects": {name: result[name]["objects"] for name in protocols},
             "curve": {"frames": first["frames"], "J": first["J"], "F": first["F"]},
             "frames": [],
         }
@@ -124,13 +127,22 @@ class EvaluationReport:
                 "name": name,
                 "meaning": MEANINGS[name],
                 "rows": [
-                    {"method": method, **{m: scores[name][m] for m in _MEASURES}}
+                    {"method": method, **{m: scores[name][m] for m in _STATISTICS}}
                     for method, scores in methods.items()
                 ],
             }
             for name in results["protocols"]
         ]
-        data = {"dataset": results["dataset"], "tables": tables, "sequences": self._sequences}
+        regions = [{"method": "this run", **results["regions"]}]
+        regions += [
+            {"method": f"baseline: {name}", **scores["regions"]} for name, scores in results["baselines"].items()
+        ]
+        data = {
+            "dataset": results["dataset"],
+            "tables": tables,
+            "regions": regions,
+            "sequences": self._sequences,
+        }
         write_page(self._out / "report.html", "evaluation.html", data)
         if self._rows:
             columns = ["best: annotation", "best: found", "worst: annotation", "worst: found"]

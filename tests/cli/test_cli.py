@@ -304,7 +304,7 @@ def test_a_missing_torchvision_is_named(data, model, tmp_path):
     video = data / "JPEGImages" / "480p" / names(data)[0]
     done = subprocess.run(
         [sys.executable, "-m", "objslot.cli", "discover", video, "--model", model, "--out", tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=300,

@@ -127,3 +127,14 @@ def test_evaluate_a_folder(tmp_path, sequence):
         evaluate_dataset(tmp_path, [sequence, ArraySequence("cat", TRUTH)])
     with pytest.raises(UserError, match="nowhere: no such folder of predictions"):
         evaluate_dataset(tmp_path / "nowhere", [sequence])
+
+
+def test_the_given_and_the_last_frame_need_no_mask(tmp_path, sequence):
+    save(tmp_path / "dog", TRUTH[1:2], names=["00001"])
+    with pytest.raises(UserError, match="no mask for frame 00000 of dog .2 of 3 are missing"):
+        read_predictions(tmp_path, "dog", sequence)
+    sequence.first_frame_given = True
+    found = read_predictions(tmp_path, "dog", sequence)
+    assert (found.tracks[1] == TRUTH[1]).all() and not found.tracks[[0, 2]].any()
+    result = evaluate_dataset(tmp_path, [sequence], ["semi-supervised"])
+    assert result["protocols"]["semi-supervised"]["J"] == 1

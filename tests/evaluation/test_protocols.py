@@ -1,6 +1,11 @@
+import gc
 import json
+import signal
+import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,14 @@ import pytest
 from objslot.data.segmentation import VideoSegmentation
 from objslot.data.sequences import ArraySequence
 from objslot.errors import UserError
-from objslot.evaluation import evaluate_dataset, evaluate_sequence, markdown_table, plain_table, rich_table
+from objslot.evaluation import (
+    evaluate_dataset,
+    evaluate_sequence,
+    markdown_table,
+    plain_table,
+    protocols,
+    rich_tables,
+)
 
 T, H, W = 5, 48, 64
 
@@ -136,17 +148,6 @@ def test_only_first_frame_objects_count_where_the_data_set_says_so():
     assert evaluate_sequence(segmentation, sequence)["B"]["J"] == 1
 
 
-def test_executor_changes_nothing():
-    rng = np.random.default_rng(0)
-    tracks = rng.integers(0, 4, (30, 40, 50)).astype(np.uint8)
-    truth = rng.integers(0, 3, (30, 40, 50)).astype(np.uint8)
-    segmentation, sequence = VideoSegmentation("x", tracks, (2, 1)), ArraySequence("x", truth)
-    with ThreadPoolExecutor(2) as executor:
-        assert evaluate_sequence(segmentation, sequence, executor=executor) == evaluate_sequence(
-            segmentation, sequence
-        )
-
-
 @pytest.mark.parametrize(
     ("tracks", "protocols", "message"),
     [
@@ -234,10 +235,71 @@ def test_tables_show_percent_with_one_decimal():
     plain = plain_table(results).splitlines()
     assert plain[0].split() == ["sequence", "B", "J", "B", "F", "B", "J&F"]
     assert plain[4].split() == ["mean", "66.7", "66.7", "66.7"]
-    assert len({len(line) for line in plain}) == 1
-    table = rich_table(results)
-    assert table.row_count == 4
-    assert len(table.columns) == 4
+    first = plain.index("")
+    assert len({len(line) for line in plain[:first]}) == 1
+    assert plain[first + 1].split() == "method, protocol J J recall J decay F F recall F decay".split()
+    assert plain[first + 3].split() == "this run, B 66.7 66.7 0.0 66.7 66.7 0.0".split()
+    assert plain[-2].split()[:2] == ["this", "run"] and len(plain[-2].split()) == 6
+    assert [(table.row_count, len(table.columns)) for table in rich_tables(results)] == [(4, 4), (2, 7), (2, 5)]
+
+
+def test_processes_measure_what_one_does(monkeypatch):
+    monkeypatch.setattr(protocols, "_FEW_PIXELS", 0)
+    sequences = [ArraySequence("a", TWO), ArraySequence("b", boxes((1, *LEFT)))]
+    alone, together = (evaluate_dataset(shifted, sequences, workers=count) for count in (1, 2))
+    assert alone == together
+
+
+def test_one_sequence_is_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(protocols, "_FEW_PIXELS", 0)
+    held, alive = [], []
+
+    def segment(sequence):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in held))
+        found = shifted(sequence)
+        held.append(weakref.ref(found))
+        return found
+
+    evaluate_dataset(segment, [ArraySequence(name, TWO) for name in "abcd"], workers=2)
+    assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_processes_end_with_the_one_that_started_them(number, code):
+    script = """
+import os, signal, sys, time
+from objslot.evaluation.workers import side_by_side
+def end(*_): raise SystemExit(143)
+signal.signal(signal.SIGTERM, end)
+class Sleeper:
+    def sleep(self, k):
+        if k < 8:
+            os.write(1, b"%d\\n" % os.getpid())
+        time.sleep(0.1)
+try:
+    with side_by_side(Sleeper(), 2) as run:
+        run("sleep", range(1000))
+except KeyboardInterrupt:
+    raise SystemExit(130)
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = {int(child.stdout.readline()) for _ in range(8)}
+    assert len(workers) == 2 and child.pid not in workers
+    child.send_signal(number)
+    error = child.communicate(timeout=60)[1]
+    assert child.returncode == code and "Traceback" not in error
+    deadline = time.monotonic() + 20
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_no_sequence_is_an_error():
