@@ -4,6 +4,14 @@ from objslot.commands.demo import Demo
 from objslot.commands.discover import Discover
 from objslot.commands.evaluate import Evaluate
 from objslot.commands.info import Info
+from objslot.commands.propagate import Propagate
 from objslot.commands.train import Train
 
-COMMANDS = {"demo": Demo, "train": Train, "discover": Discover, "evaluate": Evaluate, "info": Info}
+COMMANDS = {
+    "demo": Demo,
+    "train": Train,
+    "discover": Discover,
+    "evaluate": Evaluate,
+    "propagate": Propagate,
+    "info": Info,
+}
