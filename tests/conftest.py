@@ -29,6 +29,12 @@ if find_spec("objslot") is None:
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--nightly", action="store_true", help="run every test, and each property on thousands of cases")
+
+
+def pytest_configure(config):
+    if config.getoption("--nightly"):
+        settings.load_profile("nightly")
 
 
 def pytest_ignore_collect(collection_path):
@@ -40,7 +46,8 @@ def pytest_ignore_collect(collection_path):
 
 def pytest_collection_modifyitems(config, items):
     skips = {
-        "slow": None if config.getoption("--slow") else "slow: run with --slow",
+        "slow": None if config.getoption("--slow") or config.getoption("--nightly") else "slow: run with --slow",
+        "nightly": None if config.getoption("--nightly") else "nightly: run with --nightly",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:

@@ -63,11 +63,19 @@ def save_checkpoint(
         write_whole(folder / f"step-{step:08d}.safetensors", lambda path: save_file(tensors, path, header))
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
-        older = [checkpoint.step for checkpoint in list_checkpoints(folder)]
-        whole = f"; the checkpoint of step {older[-1]} is whole, make room and resume" if older else ""
-        raise UserError(
-            f"{folder}: the checkpoint of step {step} cannot be written ({reason(error)}){whole}"
-        ) from error
+        raise unwritable(f"{folder}: the checkpoint of step {step}", folder, error) from error
+    drop_old(folder, keep)
+
+
+def unwritable(what: str, folder: Path, error: Exception) -> UserError:
+    """``what`` cannot be written: the error that says so and names the checkpoint in ``folder`` to go on from."""
+    older = [checkpoint.step for checkpoint in list_checkpoints(folder)]
+    whole = f"; the checkpoint of step {older[-1]} is whole, make room and resume" if older else ""
+    return UserError(f"{what} cannot be written ({reason(error)}){whole}")
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints."""
     for checkpoint in list_checkpoints(folder)[:-keep]:
         checkpoint.path.unlink(missing_ok=True)
 

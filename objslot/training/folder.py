@@ -11,12 +11,14 @@ from objslot.data import Video
 from objslot.errors import UserError
 from objslot.models import SMTC
 from objslot.models.files import CONFIG, WEIGHTS, write_whole
-from objslot.training.checkpoint import Checkpoint, list_checkpoints, reason
+from objslot.training.checkpoint import Checkpoint, drop_old, list_checkpoints, reason, unwritable
 from objslot.training.config import TrainingConfig, changed_fields
 
 METRICS = "metrics.jsonl"
 _VIDEOS = "videos.json"
 _LOCK = ".lock"
+# Folders that runs of this process hold: a record lock keeps out other processes alone.
+_held: set[Path] = set()
 
 
 class RunFolder:
@@ -55,6 +57,7 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+            _held.discard(self.path.resolve())
 
     @property
     def newest(self) -> Checkpoint | None:
@@ -63,8 +66,15 @@ class RunFolder:
 
     def start(self, data: str, videos: Sequence[str]) -> None:
         """Write down what the run is."""
-        for leftover in [*self.path.glob(".*.safetensors.*"), *self.checkpoints.glob(".step-*")]:
+        written = (CONFIG, WEIGHTS, METRICS, _VIDEOS)
+        leftovers = [path for name in written for path in self.path.glob(f".{name}.*")]
+        leftovers += self.checkpoints.glob(".step-*")
+        for folder in (self.path, self.checkpoints):
+            # safetensors writes beside the file it is asked for.
+            leftovers += folder.glob(".tmp??????")
+        for leftover in leftovers:
             leftover.unlink(missing_ok=True)
+        drop_old(self.checkpoints, self.config.keep)
         if not (self.path / _VIDEOS).exists():
             self._write_json(_VIDEOS, {"data": data, "videos": list(videos)})
         # A later start may change what does not bear on the result.
@@ -95,7 +105,11 @@ class RunFolder:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue
-        write_whole(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
+        text = "".join(f"{line}\n" for line in kept)
+        try:
+            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise unwritable(str(path), self.checkpoints, error) from error
         return len(kept)
 
     def save_model(self, model: SMTC) -> None:
@@ -105,16 +119,26 @@ class RunFolder:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.path / WEIGHTS} cannot be written ({reason(error)})") from error
+            raise unwritable(str(self.path / WEIGHTS), self.checkpoints, error) from error
+
+    def metrics(self) -> "MetricsFile":
+        """metrics.jsonl, to append to."""
+        return MetricsFile(self.path / METRICS, self.checkpoints)
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / _LOCK, "a+")
+        taken = UserError(f"{self.path}: another run is writing to this folder")
+        # Looked at first: closing a second handle of the file would give up the lock of the first.
+        if self.path.resolve() in _held:
+            raise taken
+        lock = open(self.path / _LOCK, "a+")
         try:
             # A record lock belongs to this process alone: loaders that outlive a kill do not hold it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.close()
-            raise UserError(f"{self.path}: another run is writing to this folder") from None
+            lock.close()
+            raise taken from None
+        self._lock = lock
+        _held.add(self.path.resolve())
 
     def _check_held(self, resume: bool) -> None:
         values = self._read_json(CONFIG) if (self.path / CONFIG).exists() else None
@@ -149,17 +173,30 @@ class RunFolder:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line of JSON a step, appended at once, made durable on ``sync``."""
+    """metrics.jsonl: one line of JSON a step, appended at once, made durable on ``sync``.
 
-    def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+    Raises `UserError` when it cannot be written, for a full disk say.
+    """
+
+    def __init__(self, path: Path, checkpoints: Path):
+        self._path = path
+        self._checkpoints = checkpoints
+        # Without a buffer: what could not be written is not tried again when the file is closed.
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = memoryview(json.dumps(record).encode() + b"\n")
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise unwritable(str(self._path), self._checkpoints, error) from error
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(str(self._path), self._checkpoints, error) from error
 
     def close(self) -> None:
         self._file.close()

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from objslot.data.clips import TooShort
 from objslot.errors import UserError
 from objslot.models.files import write_whole
+from objslot.training.checkpoint import reason
 
 
 class Interruption:
@@ -85,9 +87,15 @@ class UnusableVideos:
             )
 
 
-def save_failed_batch(folder: Path, step: int, batch: dict[str, Any], record: dict[str, Any]) -> Path:
-    """Keep the batch whose loss was not finite, with its metrics, as one safetensors file in ``folder``."""
+def save_failed_batch(folder: Path, step: int, batch: dict[str, Any], record: dict[str, Any]) -> str:
+    """Keep the batch whose loss was not finite, with its metrics, as one safetensors file in ``folder``.
+
+    Returns where it is or why it could not be written, for the message of the error that stops the run.
+    """
     path = folder / f"failed-step-{step:08d}.safetensors"
     tensors = {name: value.cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, {"record": json.dumps(record)}))
-    return path
+    try:
+        write_whole(path, lambda temporary: save_file(tensors, temporary, {"record": json.dumps(record)}))
+    except (OSError, SafetensorError) as error:
+        return f"its batch could not be written to {path} ({reason(error)})"
+    return f"its batch is in {path}"

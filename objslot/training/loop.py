@@ -28,7 +28,7 @@ from objslot.training.checkpoint import load_checkpoint, save_checkpoint
 from objslot.training.config import TrainingConfig
 from objslot.training.distributed import World, join
 from objslot.training.features import FeatureStore, FrozenEncoder
-from objslot.training.folder import METRICS, MetricsFile, RunFolder
+from objslot.training.folder import RunFolder
 from objslot.training.guards import Interruption, UnusableVideos, save_failed_batch
 from objslot.training.reporting import Reporter
 
@@ -102,13 +102,14 @@ def _run(
         for part in range(config.accumulate)
     )
     clips = load_clips(dataset, batches, workers=_workers(config), pin_memory=world.device.type == "cuda")
-    metrics = MetricsFile(out / METRICS) if folder else None
+    metrics = folder.metrics() if folder else None
 
     def save(step: int) -> None:
         if folder:
             metrics.sync()
-            save_checkpoint(folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep)
+            # The model first: whoever finds a checkpoint reads the encoder, which is not in it, from there.
             folder.save_model(model)
+            save_checkpoint(folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep)
 
     if newest is None:
         # Proves, before any work is done, that a checkpoint fits the disk.
@@ -117,7 +118,7 @@ def _run(
         model.set_encoder_training(start >= config.unfreeze_at)
     step_model = _wrap(model, config, world)
 
-    with Interruption() as interruption, closing(clips), reporter:
+    with Interruption() as interruption, closing(clips), closing(metrics) if metrics else nullcontext(), reporter:
         for step in range(start, config.steps):
             began = time.perf_counter()
             if config.model.train_encoder and step == config.unfreeze_at:
@@ -166,7 +167,7 @@ def _run(
             reporter.step(record, config.batch_size * config.frames)
 
             if nonfinite == config.max_nonfinite:
-                kept = f"; its batch is in {save_failed_batch(out, step, batch, record)}" if folder else ""
+                kept = f"; {save_failed_batch(out, step, batch, record)}" if folder else ""
                 raise UserError(
                     f"the loss or its gradient was not finite {nonfinite} steps in a row, to step {step}{kept}"
                 )
