@@ -35,9 +35,9 @@ def _cells(record: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale or unit == "us":
-            return f"{seconds / scale:.3g} {unit}"
+    units = (("s", 1), ("ms", 1e-3), ("us", 1e-6))
+    unit, scale = next((pair for pair in units if seconds >= pair[1]), units[-1])
+    return f"{seconds / scale:.3g} {unit}"
 
 
 def times(ratio: float) -> str:

@@ -7,7 +7,7 @@ the same clips in the same order.
 
 import functools
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,8 +147,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_clips(
-    dataset: ClipDataset, batches: Iterable[Sequence[int]], *, workers: int, pin_memory: bool = False
-) -> Iterator[dict[str, Any]]:
+    dataset: ClipDataset, batches: Iterable[list[int]], *, workers: int, pin_memory: bool = False
+) -> Generator[dict[str, Any], None, None]:
     """Batches of the given sample numbers, in order, read ahead by ``workers`` processes (0: in this one).
 
     Close the iterator to end the processes.

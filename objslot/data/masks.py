@@ -50,7 +50,8 @@ def read_mask(path: Path, *, colour: bool = False) -> tuple[np.ndarray, bool]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             palette = image.mode == "P"
             if image.mode in ("1", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV"):
                 image = image.convert({"1": "L", "LA": "L", "PA": "P"}.get(image.mode, "RGB"))

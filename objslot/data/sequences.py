@@ -194,7 +194,7 @@ def _open_fbms(root: Path, name: str) -> Sequence:
     colours = [path for path in masks if path.suffix.lower() == ".ppm"]
     masks = colours or masks
     position = {frame.stem: i for i, frame in enumerate(video.files)}
-    matched = {}
+    matched: dict[int, tuple[Path, ...]] = {}
     for path in masks:
         stem = path.stem.removesuffix("_gt")
         if stem not in position:

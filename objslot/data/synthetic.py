@@ -101,7 +101,7 @@ class SyntheticVideo(Video):
     def fps(self) -> float:
         return self._fps
 
-    def read(self, indices: Iterable[int]) -> torch.Tensor:
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
         frames = [self._render(i)[0] for i in self._positions(indices)]
         return torch.from_numpy(np.stack(frames) if frames else np.zeros((0, *self.size, 3), np.uint8))
 

@@ -20,7 +20,7 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def side_by_side(target: object, count: int) -> Iterator[Callable[[str, Iterable, tuple], list]]:
+def side_by_side(target: object, count: int) -> Iterator[Callable[..., list]]:
     """Gives a function (name, items, arguments) -> the list of `target.name(item, *arguments)` of all items.
 
     With a `count` of more than one it does so in as many forked processes. These see `target` as it is now, without

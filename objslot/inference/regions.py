@@ -114,7 +114,8 @@ def frame_size(encoder: Encoder, size: tuple[int, int], short_side: int) -> tupl
     if short_side < patch:
         raise UserError(f"resolution: got {short_side} pixels, expected at least one patch of {patch}")
     scale = short_side / min(size)
-    return tuple(max(round(side * scale / patch), 1) * patch for side in size)
+    height, width = (max(round(side * scale / patch), 1) * patch for side in size)
+    return height, width
 
 
 def normalise(frames: Tensor, size: tuple[int, int]) -> Tensor:

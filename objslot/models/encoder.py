@@ -1,7 +1,7 @@
 """Encoders: any timm ViT or ResNet as a source of dense features of video frames."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         for unused in ("layer4", "global_pool", "fc"):
             setattr(model, unused, nn.Identity())
         self.patch_size = 8
-        self.width = model.feature_info[3]["num_chs"]
+        self.width: int = model.feature_info[3]["num_chs"]
         self.has_cls_attention = False
 
     def _check_transformer(self, model: nn.Module):
@@ -135,7 +135,8 @@ class Encoder(nn.Module):
 
     def snap(self, size: tuple[int, int]) -> tuple[int, int]:
         """The largest (height, width) in pixels, up to `size`, that makes whole positions."""
-        snapped = tuple(side // self.patch_size * self.patch_size for side in size)
+        height, width = (side // self.patch_size * self.patch_size for side in size)
+        snapped = height, width
         if min(snapped) == 0:
             raise UserError(
                 f"frame size: got {size[0]} x {size[1]} pixels, expected at least {self.patch_size} each way"
@@ -227,7 +228,7 @@ class Encoder(nn.Module):
         return keys[:, prefix:], tokens[:, prefix:], cls_attention
 
 
-def _query_key_parameters(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _query_key_parameters(attention: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Weight and bias (or None) of the query and of the key projection."""
     if getattr(attention, "qkv", None) is None:
         return attention.q_proj.weight, attention.q_proj.bias, attention.k_proj.weight, attention.k_proj.bias

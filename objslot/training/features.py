@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,9 +158,11 @@ class FeatureStore:
     def _store(self, video: Video, encode: FrozenEncoder, device: torch.device) -> Iterator[int]:
         """Encode and store one video; yields how many of its frames are done."""
         positions = self.grid[0] * self.grid[1]
-        layout = {"attention": (np.float32, (video.n_frames, positions))} if self.has_attention else {}
+        layout: dict[str, tuple[Any, tuple[int, ...]]] = {}
+        if self.has_attention:
+            layout["attention"] = np.float32, (video.n_frames, positions)
         # The keys take their name last: where they are, the rest is too.
-        layout["keys"] = (np.float16, (video.n_frames, positions, self.width))
+        layout["keys"] = np.float16, (video.n_frames, positions, self.width)
         files = {}
         try:
             for what, (dtype, shape) in layout.items():

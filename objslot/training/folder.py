@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from objslot.data import Video
 from objslot.errors import UserError
@@ -34,7 +34,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.config = config
-        self._lock = None
+        self._lock: IO[str] | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -217,8 +217,8 @@ class _Views:
             features = self.source.features(batch)
             return features, features
         frames = batch["frames"].float() / 255
-        views = tuple(normalise(augment(frames, batch[view])) for view in ("student", "teacher"))
-        return tuple(map(self.encode, views)) if self.encode else views
+        student, teacher = (normalise(augment(frames, batch[view])) for view in ("student", "teacher"))
+        return (self.encode(student), self.encode(teacher)) if self.encode else (student, teacher)
 
 
 def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:
@@ -230,7 +230,10 @@ def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:
 
 
 def _wrap(model: SMTC, config: TrainingConfig, world: World) -> nn.Module:
-    module = torch.compile(model) if config.compile else model
+    module: nn.Module = model
+    if config.compile:
+        # A module's own `compile` would have DDP wrap, and name, what is not compiled.
+        module = cast(nn.Module, torch.compile(model))
     if world.size == 1:
         return module
     return DistributedDataParallel(
