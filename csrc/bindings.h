@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -20,6 +21,61 @@ T* pointer(const char* name, std::uintptr_t address, bool required = true) {
     throw std::invalid_argument(std::string(name) + ": expected the address of aligned memory, got " +
                                 std::to_string(address));
   return reinterpret_cast<T*>(address);
+}
+
+// A dimension: its size, and its stride in elements.
+struct Dimension {
+  int64_t size, stride;
+};
+
+// What no dimension of a real tensor is: negative, or so large that an address would not hold its end.
+inline void check_span(const char* name, std::uintptr_t address, int64_t bytes,
+                       std::initializer_list<Dimension> dimensions) {
+  constexpr int64_t end_of_memory = int64_t{1} << 56;
+  int64_t last = 0;
+  bool empty = false, fits = true;
+  for (const auto [size, stride] : dimensions) {
+    int64_t reach = 0;
+    fits = fits && size >= 0 && stride >= 0 && size <= end_of_memory &&
+           !__builtin_mul_overflow(size > 0 ? size - 1 : 0, stride, &reach) &&
+           !__builtin_add_overflow(last, reach, &last);
+    empty = empty || size == 0;
+  }
+  if (!fits || (!empty && last >= (end_of_memory - static_cast<int64_t>(address % end_of_memory)) / bytes))
+    throw std::invalid_argument(std::string(name) + ": sizes or strides out of range");
+}
+
+// The same for contiguous memory of these sizes.
+inline void check_dense(const char* name, std::uintptr_t address, int64_t bytes, std::initializer_list<int64_t> sizes) {
+  int64_t count = 1;
+  bool fits = true;
+  for (const int64_t size : sizes) fits = fits && size >= 0 && !__builtin_mul_overflow(count, size, &count);
+  if (!fits) throw std::invalid_argument(std::string(name) + ": sizes out of range");
+  check_span(name, address, bytes, {{count, 1}});
+}
+
+inline int64_t bytes_of(Element element) {
+  switch (element) {
+    case Element::float64: return 8;
+    case Element::float32: return 4;
+    default: return 2;
+  }
+}
+
+// Bytes of the type that elements are computed in.
+inline int64_t arithmetic_bytes_of(Element element) { return element == Element::float64 ? 8 : 4; }
+
+// The address of elements, aligned to their size; null where `required` is false and the address is 0.
+inline char* elements(const char* name, std::uintptr_t address, int64_t bytes, bool required = true) {
+  if (address % static_cast<std::uintptr_t>(bytes) != 0 || (required && address == 0))
+    throw std::invalid_argument(std::string(name) + ": expected the address of aligned memory, got " +
+                                std::to_string(address));
+  return reinterpret_cast<char*>(address);
+}
+
+inline int checked_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
+  return threads;
 }
 
 inline Element element(int index) {

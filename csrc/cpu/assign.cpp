@@ -68,9 +68,18 @@ class Enumeration {
 class Paths {
  public:
   Paths(int64_t rows, int64_t columns)
-      : rows_(rows), columns_(columns), row_price_(rows), column_price_(columns), distance_(columns),
-        column_of_(rows), row_of_(columns), previous_(columns), scanned_rows_(rows), queue_(columns),
-        came_from_(columns), scanned_(columns) {}
+      : rows_(rows),
+        columns_(columns),
+        row_price_(rows),
+        column_price_(columns),
+        distance_(columns),
+        column_of_(rows),
+        row_of_(columns),
+        previous_(columns),
+        scanned_rows_(rows),
+        queue_(columns),
+        came_from_(columns),
+        scanned_(columns) {}
 
   void solve(const double* scores, int64_t* index) {
     scores_ = scores;

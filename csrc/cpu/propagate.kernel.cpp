@@ -1,6 +1,7 @@
 // Label propagation for blocks of 8 x 8 query positions: the cosines to one piece of a row of keys at a time, of
 // which only those above the smallest kept one are looked at again.
 #include "objslot/propagate.h"
+
 #include "objslot/threads.h"
 #include "slot_tile.h"
 

@@ -55,12 +55,12 @@ const Table& kernels() {
 
 }  // namespace objslot
 
-#define OBJSLOT_KERNELS(Table, ...)                       \
-  namespace objslot {                                     \
-  template <>                                             \
-  const Table& table<Table, Isa::OBJSLOT_ISA>() {         \
-    using namespace OBJSLOT_ISA;                          \
-    static constexpr Table functions{__VA_ARGS__};        \
-    return functions;                                     \
-  }                                                       \
+#define OBJSLOT_KERNELS(Table, ...)                \
+  namespace objslot {                              \
+  template <>                                      \
+  const Table& table<Table, Isa::OBJSLOT_ISA>() {  \
+    using namespace OBJSLOT_ISA;                   \
+    static constexpr Table functions{__VA_ARGS__}; \
+    return functions;                              \
+  }                                                \
   }

@@ -1,0 +1,165 @@
+"""The compiled module called with sizes, strides and addresses that no tensor has: it refuses, it never crashes.
+
+Real calls are recorded; then one number of a call at a time is replaced, in a forked child that may die.
+"""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from op_cases import OPS, make
+
+from objslot.ops import _native
+
+native = _native.load()
+pytestmark = pytest.mark.skipif(native is None, reason="the compiled module was not built")
+
+# Options whose value may be anything: told from sizes by these values.
+ITERATIONS, RADIUS = 13, 3
+FREE = {ITERATIONS}
+OPTIONS = {
+    "sinkhorn": {"n_iters": ITERATIONS},
+    "sinkhorn_potentials": {"n_iters": ITERATIONS},
+    "sinkhorn_transport": {"n_iters": ITERATIONS},
+    "propagate": {"radius": RADIUS, "topk": 5, "temperature": 0.2},
+}
+REFUSED, RETURNED = 7, 8
+
+
+class Recorder:
+    """Stands for the module: every call is done as it is, and offered to ``attack`` while its memory is alive."""
+
+    def __init__(self, attack):
+        self._attack = attack
+
+    def __getattr__(self, name):
+        function = getattr(native, name)
+
+        def call(*arguments):
+            self._attack(name, function, arguments)
+            return function(*arguments)
+
+        return call
+
+
+def numbers(arguments, place=()):
+    """Where the whole numbers of a call are, in lists too."""
+    for index, value in enumerate(arguments):
+        if isinstance(value, list | tuple):
+            yield from numbers(value, (*place, index))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield (*place, index), value
+
+
+def replaced(arguments, place, value):
+    given = list(arguments)
+    given[place[0]] = value if len(place) == 1 else replaced(given[place[0]], place[1:], value)
+    return given
+
+
+def outcome(function, arguments) -> int:
+    """Exit status of a child that makes the call: REFUSED, RETURNED, or minus the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+            code = RETURNED
+        except (ValueError, TypeError, OverflowError, MemoryError):
+            code = REFUSED
+        except BaseException:
+            code = 1
+        os._exit(code)
+    deadline = time.monotonic() + 20
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return RETURNED
+        time.sleep(0.0005)
+
+
+def mutants(value):
+    """(replacement, whether it has to be refused): an address off its alignment, or a size out of all bounds."""
+    if value > 2**32:
+        return [(value + 1, True), (2**64 - 1, True)]
+    # Zero may be an address that is left out: any aligned one could take its place.
+    return [(-1, True), (-(2**63), True)] + ([(2**62, value not in FREE)] if value else [])
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_numbers_that_no_tensor_has_are_refused(op, dtype, monkeypatch, one_thread, request):
+    draw, failures, attacks = random.Random(0), [], [0]
+    share = 1.0 if request.config.getoption("--nightly") else 0.35
+
+    def attack(name, function, arguments):
+        for place, value in numbers(arguments):
+            for replacement, must in mutants(value):
+                if draw.random() > share:
+                    continue
+                attacks[0] += 1
+                code = outcome(function, replaced(arguments, place, replacement))
+                if code != REFUSED and not (code == RETURNED and not must):
+                    failures.append((name, place, value, replacement, code))
+
+    case = make(
+        op, (2,), (5, 6, 4, 3, 2), "normal", ("normal", "normal"), ["contiguous"] * 5, dtype, 1, **OPTIONS.get(op, {})
+    )
+    monkeypatch.setattr(_native, "load", lambda: Recorder(attack))
+    case.run(backend="cpu")
+    assert attacks[0] > 1
+    assert not failures, f"{len(failures)} of {attacks[0]}: {failures[:8]}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_address_left_out_is_refused_or_not_wanted(op, monkeypatch, one_thread):
+    """Null where memory is needed is an error, null where it is not is no crash."""
+    failures = []
+
+    def attack(name, function, arguments):
+        for place, value in numbers(arguments):
+            if value > 2**32:
+                code = outcome(function, replaced(arguments, place, 0))
+                if code not in (REFUSED, RETURNED):
+                    failures.append((name, place, code))
+
+    case = make(
+        op,
+        (2,),
+        (5, 6, 4, 3, 2),
+        "normal",
+        ("normal", "normal"),
+        ["contiguous"] * 5,
+        torch.float32,
+        1,
+        **OPTIONS.get(op, {}),
+    )
+    monkeypatch.setattr(_native, "load", lambda: Recorder(attack))
+    case.run(backend="cpu")
+    assert not failures, failures
+
+
+def test_a_number_of_threads_below_one_is_refused():
+    with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
+        native.assign(
+            torch.zeros(1, 2, 2, dtype=torch.float64).data_ptr(),
+            1,
+            2,
+            2,
+            torch.zeros(1, 2, dtype=torch.int64).data_ptr(),
+            0,
+        )
