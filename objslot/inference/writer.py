@@ -148,10 +148,7 @@ def _write(folder, video, segmentation, maps, settings, progress) -> dict:
         "settings": settings,
     }
     (folder / "objects.json").write_text(json.dumps(summary) + "\n")
-    facts = [subtitle]
-    if len(report.shown) < n_frames:
-        facts.append(f"This page shows {len(report.shown)} of the {n_frames} frames; masks/ and overlay.mp4 hold all.")
-    report.write(folder / "report.html", objects, facts=facts)
+    report.write(folder / "report.html", objects, facts=[subtitle])
     return summary
 
 

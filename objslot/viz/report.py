@@ -165,6 +165,9 @@ class VideoReport:
             for track in objects
         ]
         page["facts"] = list(facts)
+        shown, length = len(page["frames"]), page["length"]
+        if shown < length:
+            page["facts"].append(f"This page shows {shown} of the {length} frames, evenly spread.")
         page["curves"] = {
             name: [None if v is None else round(float(v), 4) for v in values]
             for name, values in (curves or {}).items()

@@ -186,9 +186,16 @@ def test_the_evaluation_pages(chromium, tmp_path):
         "worst: frame 2, J 33.3"
     )
     assert len(chromium.run("return document.querySelector('polyline').getAttribute('points')").split()) == 6
+    cells = chromium.run("return [...document.querySelectorAll('#tables tbody tr')].map(r => r.innerText.split('\\t'))")
+    assert len(cells) == 4 and cells[0][0] == "this run" and len(cells[0]) == 8 and len(cells[3]) == 5
+    shown = chromium.run("return document.querySelector('article details').innerText")
+    assert "Objects, recall and decay" in shown
+    chromium.click("article summary")
+    assert "object 1" in chromium.run("return document.querySelector('article details').innerText")
     chromium.click("article a")
     chromium.settle()
     assert chromium.run("return document.getElementById('title').textContent") == "a <b> sequence"
     chromium.click("#marks button:nth-child(2)")
     assert near(pixel(chromium, 60, 4), 80)
+    assert "A J 33.3" in chromium.run("return document.getElementById('legend').textContent")
     assert chromium.errors() == []
