@@ -109,26 +109,39 @@ class Evaluate(Command):
         from objslot.evaluation.dataset import prediction_reader
 
         baselines = {}
-        if self.model is None:
-            segment = prediction_reader(self.predictions, sequences)
-        else:
-            model = load_model(self.model)
-            from objslot.inference import segment_video
-
-            def segment(sequence):
-                return segment_video(model, sequence.video, merge_foreground=sequence.merge_objects)
-
         if self.baselines:
-            from objslot.inference.baselines import colour_null, frozen_backbone
+            from objslot.inference.baselines import colour_null
 
             baselines["null"] = lambda sequence: colour_null(
                 sequence.video, merge_foreground=sequence.merge_objects
             )
-            if self.model is not None:
-                baselines["frozen"] = lambda sequence: frozen_backbone(
-                    model.encoder,
-                    sequence.video,
-                    resolution=min(model.frame_size),
-                    merge_foreground=sequence.merge_objects,
-                )
+        if self.model is None:
+            return prediction_reader(self.predictions, sequences), baselines
+
+        import torch
+
+        from objslot.inference.baselines import frozen_backbone
+        from objslot.inference.regions import encode_video
+        from objslot.inference.segment import model_regions, to_segmentation
+
+        model, encoded = load_model(self.model), {}
+        resolution = min(model.frame_size)
+
+        def segment(sequence):
+            features = encode_video(model.encoder, sequence.video, short_side=resolution)
+            if self.baselines:
+                # The frozen backbone is judged on the same features, right after the model.
+                with torch.no_grad():
+                    features = encoded[sequence.name] = [chunk._replace(tokens=None) for chunk in features]
+            regions = model_regions(model, sequence.video, features=features)
+            return to_segmentation(regions, sequence.video, merge_foreground=sequence.merge_objects)
+
+        if self.baselines:
+            baselines["frozen"] = lambda sequence: frozen_backbone(
+                model.encoder,
+                sequence.video,
+                resolution=resolution,
+                merge_foreground=sequence.merge_objects,
+                features=encoded.pop(sequence.name),
+            )
         return segment, baselines

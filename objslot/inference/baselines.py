@@ -5,6 +5,8 @@ Both go through the same selection and the same protocols as the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
@@ -15,7 +17,7 @@ from objslot.data import Video
 from objslot.data.segmentation import VideoSegmentation
 from objslot.inference.regions import Progress, StatisticsSum, VideoRegions, encode_video
 from objslot.inference.segment import to_segmentation
-from objslot.models.encoder import Encoder
+from objslot.models.encoder import Encoder, FrameFeatures
 
 COLOUR_CLUSTERS = 16
 BACKBONE_CLUSTERS = 8
@@ -67,6 +69,7 @@ def frozen_backbone(
     clusters: int = BACKBONE_CLUSTERS,
     seed: int = 0,
     merge_foreground: bool = False,
+    features: Iterable[FrameFeatures] | None = None,
     progress: Progress | None = None,
 ) -> VideoSegmentation:
     """The untrained start: k-means on the encoder's unit-length keys over the whole video.
@@ -78,15 +81,18 @@ def frozen_backbone(
         clusters: number of clusters in the video.
         seed: of the k-means start.
         merge_foreground: as in `segment_video`.
+        features: those of the video from `encode_video`, where they are known already.
         progress: called with (frames done, frames in all).
 
     Raises:
         UserError: a video that cannot be read, or a resolution under one patch.
     """
     keys, grid = [], (1, 1)
-    for features in encode_video(encoder, video, short_side=resolution, progress=progress):
-        keys.append(F.normalize(features.keys[0].float(), dim=-1).half().cpu())
-        grid = features.grid
+    if features is None:
+        features = encode_video(encoder, video, short_side=resolution, progress=progress)
+    for chunk in features:
+        keys.append(F.normalize(chunk.keys[0].float(), dim=-1).half().cpu())
+        grid = chunk.grid
     keys = torch.cat(keys)
     regions = _clustered(keys, keys, grid, clusters, seed)
     return to_segmentation(regions, video, merge_foreground=merge_foreground)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from objslot.inference.regions import (
 from objslot.inference.selection import select
 from objslot.inference.spool import MaskSpool
 from objslot.models import SMTC
+from objslot.models.encoder import FrameFeatures
 
 _LARGEST_PARTITION = 255
 _BAND = 2
@@ -82,12 +83,14 @@ def model_regions(
     iterations: int | None = None,
     resolution: int | None = None,
     seed: int = 0,
+    features: Iterable[FrameFeatures] | None = None,
     spool_in: Path | None = None,
     progress: Progress | None = None,
 ) -> VideoRegions:
     """Linked instances of all semantics as the regions of a video; arguments as in `segment_video`.
 
-    Masks that are too many for memory are kept in a temporary file in the folder `spool_in`.
+    The `features` of the video, from `encode_video`, may be given. Masks that are too many for memory are kept in a
+    temporary file in the folder `spool_in`.
     """
     instances = model.config.instances if instances is None else instances
     semantics = model.config.slots
@@ -101,17 +104,19 @@ def model_regions(
     link, statistics, masks, previous = InstanceLinker(), StatisticsSum(), MaskSpool(spool_in), None
     try:
         short_side = min(model.frame_size) if resolution is None else resolution
-        for features in encode_video(model.encoder, video, short_side=short_side, progress=progress):
+        if features is None:
+            features = encode_video(model.encoder, video, short_side=short_side, progress=progress)
+        for chunk in features:
             # A lone last frame has no neighbour of its own chunk to correspond to, but always a previous one.
             maps = model.segment(
-                features, instances=instances, iterations=iterations, seed=seed, previous_keys=previous
+                chunk, instances=instances, iterations=iterations, seed=seed, previous_keys=previous
             )
-            previous = features.keys[:, -1]
+            previous = chunk.keys[:, -1]
             joint = maps.semantic[0, :, :, None] * maps.instance[0]
             index = torch.stack([link(slots) for slots in maps.instance_slots[0]])
             joint = torch.take_along_dim(joint, index[..., None], dim=2)
-            joint = joint.flatten(1, 2).unflatten(-1, features.grid).float()
-            keys = F.normalize(features.keys[0].float(), dim=-1)
+            joint = joint.flatten(1, 2).unflatten(-1, chunk.grid).float()
+            keys = F.normalize(chunk.keys[0].float(), dim=-1)
             statistics.add(joint, keys)
             masks.append(joint)
     finally:

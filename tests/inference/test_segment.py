@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.inference import colour_null, frozen_backbone, segment_video
-from objslot.inference.segment import strongest_region
+from objslot.inference.regions import encode_video
+from objslot.inference.segment import model_regions, strongest_region, to_segmentation
 
 
 def test_strongest_region_is_the_argmax_after_upsampling():
@@ -55,6 +56,17 @@ def test_the_frozen_backbone_uses_the_encoder(model, video):
             parameter.normal_()
     again = frozen_backbone(model.encoder, video, resolution=32, clusters=3)
     assert not np.array_equal(again.partition, found.partition)
+
+
+def test_features_that_are_known_are_not_made_again(model, video):
+    features = list(encode_video(model.encoder, video, short_side=32))
+    whole = segment_video(model, video)
+    frozen = frozen_backbone(model.encoder, video, resolution=32, clusters=3)
+    model.encoder.forward = None
+    again = to_segmentation(model_regions(model, video, features=features), video)
+    assert np.array_equal(again.partition, whole.partition)
+    again = frozen_backbone(model.encoder, video, resolution=32, clusters=3, features=features)
+    assert np.array_equal(again.partition, frozen.partition)
 
 
 def test_more_clusters_than_positions(model, array_video):
