@@ -27,8 +27,6 @@ from objslot.models import SMTC
 from objslot.models.encoder import FrameFeatures
 
 _LARGEST_PARTITION = 255
-_BAND = 2
-"""Rows of the grid that are drawn at once."""
 
 
 def segment_video(
@@ -172,9 +170,10 @@ def to_segmentation(
 
 
 def strongest_region(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (R, h, w) -> uint8 (height, width): the strongest region after bilinear upsampling, counted from 1.
+    """Masks (R, h, w) >= 0 -> uint8 (height, width): the strongest region after bilinear upsampling, counted from 1.
 
-    Drawn in bands of rows, so that the memory does not grow with R times the size of the picture.
+    Drawn in bands of rows, so that the memory does not grow with R times the size of the picture. Masks that agree
+    in 15 binary digits count as equal, and the first of equal ones wins.
     """
     masks = masks.float()
     rows, height = masks.shape[-2], size[0]
@@ -182,13 +181,16 @@ def strongest_region(masks: Tensor, size: tuple[int, int]) -> Tensor:
     upper = place.long()
     lower, share = (upper + 1).clamp(max=rows - 1), place - upper
     drawn = torch.empty(size, dtype=torch.uint8)
-    for band in torch.arange(height).split(max(1, round(_BAND * height / rows))):
+    for band in torch.arange(height).split(max(1, height // rows)):
         first, last = int(upper[band[0]]), int(lower[band[-1]])
         part = masks[:, first : last + 1]
         # Only regions that come first or second somewhere can win between positions, near enough; few do.
         active = part.flatten(1).topk(min(2, len(part)), dim=0).indices.unique()
         wide = F.interpolate(part[active][None], (part.shape[1], size[1]), mode="bilinear", align_corners=False)[0]
-        above, below = wide[:, upper[band] - first], wide[:, lower[band] - first]
-        winner = torch.lerp(above, below, share[band, None]).argmax(0)
-        drawn[band[0] : band[-1] + 1] = active[winner] + 1
+        full = torch.lerp(wide[:, upper[band] - first], wide[:, lower[band] - first], share[band, None])
+        # With the number in the last digits of a value, a plain maximum is several times faster than an argmax.
+        number = 255 - torch.arange(len(active), dtype=torch.int32)[:, None, None]
+        marked = full.view(torch.int32).bitwise_and_(-256).bitwise_or_(number).view(torch.float32)
+        winner = 255 - marked.amax(0).view(torch.int32).bitwise_and_(255)
+        drawn[band[0] : band[-1] + 1] = active.to(torch.uint8)[winner] + 1
     return drawn

@@ -17,6 +17,20 @@ def test_strongest_region_is_the_argmax_after_upsampling():
     assert agreement > 0.98
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (4, 5), (33, 21), (200, 9)])
+def test_strongest_region_of_any_size(size):
+    """With two regions, each comes first or second everywhere, and nothing but rounding may differ."""
+    torch.manual_seed(1)
+    masks = torch.randn(2, 4, 5, dtype=torch.float64).softmax(0)
+    upsampled = F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0]
+    clear = (upsampled[0] - upsampled[1]).abs() > 1e-4
+    assert torch.equal((strongest_region(masks, size) - 1)[clear].long(), upsampled.argmax(0)[clear])
+    assert clear.float().mean() > 0.9
+    many = torch.zeros(255, 4, 5)
+    many[254], many[17] = 0.5, 0.5
+    assert (strongest_region(many, size) == 18).all()
+
+
 def test_segmentation_has_the_size_of_the_video_and_repeats(model, video):
     seen = []
     first = segment_video(model, video, seed=4, progress=lambda done, total: seen.append((done, total)))
