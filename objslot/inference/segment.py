@@ -186,11 +186,14 @@ def strongest_region(masks: Tensor, size: tuple[int, int]) -> Tensor:
         part = masks[:, first : last + 1]
         # Only regions that come first or second somewhere can win between positions, near enough; few do.
         active = part.flatten(1).topk(min(2, len(part)), dim=0).indices.unique()
-        wide = F.interpolate(part[active][None], (part.shape[1], size[1]), mode="bilinear", align_corners=False)[0]
-        full = torch.lerp(wide[:, upper[band] - first], wide[:, lower[band] - first], share[band, None])
+        wide = F.interpolate(part[active].transpose(0, 1), size[1], mode="linear", align_corners=False)
+        weight = torch.zeros(len(band), len(wide))
+        weight.scatter_add_(1, (upper[band] - first)[:, None], 1 - share[band, None])
+        weight.scatter_add_(1, (lower[band] - first)[:, None], share[band, None])
+        full = (weight @ wide.flatten(1)).unflatten(1, wide.shape[1:])
         # With the number in the last digits of a value, a plain maximum is several times faster than an argmax.
-        number = 255 - torch.arange(len(active), dtype=torch.int32)[:, None, None]
+        number = 255 - torch.arange(len(active), dtype=torch.int32)[:, None]
         marked = full.view(torch.int32).bitwise_and_(-256).bitwise_or_(number).view(torch.float32)
-        winner = 255 - marked.amax(0).view(torch.int32).bitwise_and_(255)
+        winner = 255 - marked.amax(1).view(torch.int32).bitwise_and_(255)
         drawn[band[0] : band[-1] + 1] = active.to(torch.uint8)[winner] + 1
     return drawn
