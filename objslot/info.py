@@ -50,7 +50,7 @@ def collect(check: bool = False) -> dict:
         "objslot": objslot.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": _cpu(),
+        "cpu": {"model": cpu_model(), "threads": torch.get_num_threads()},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "native": _native_module(),
         "training": training_missing() or "ready",
@@ -181,7 +181,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> dict:
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
     model = platform.processor() or platform.machine()
     description = Path("/proc/cpuinfo")
     if sys.platform == "linux" and description.exists():
@@ -191,7 +192,7 @@ def _cpu() -> dict:
             if "model name" in line
         )
         model = next(names, model)
-    return {"model": model, "threads": torch.get_num_threads()}
+    return model
 
 
 def _device(index: int) -> dict:

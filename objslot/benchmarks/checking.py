@@ -1,6 +1,8 @@
 """Whether a contestant computes what the operation means: its error against float64, beside PyTorch's own."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,11 @@ def leaves(problem: Problem) -> tuple[Tensor, ...]:
     )
 
 
-def parameters(call: Call) -> list[Tensor]:
-    return list(call.parameters()) if isinstance(call, nn.Module) else []
+def parameters(call: Call) -> dict[str, Tensor]:
+    """What learns in a module, under the names that it had before it was wrapped."""
+    if not isinstance(call, nn.Module):
+        return {}
+    return {re.sub("^(_orig_mod|call)[.]", "", name): parameter for name, parameter in call.named_parameters()}
 
 
 def cotangents(results: Sequence[Tensor]) -> list[Tensor]:
@@ -45,33 +50,58 @@ def forward(call: Call, problem: Problem) -> list[Tensor]:
         return outputs(call(*problem.tensors))
 
 
-def both(call: Call, problem: Problem, upper: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of the tensors that have one and, of a module, of its parameters (not returned)."""
-    tensors = leaves(problem)
-    wanted = [tensors[place] for place in problem.gradients]
+def both(call: Call, problem: Problem, upper: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """Gradients of a forward and backward pass: of the tensors, by their places, and of a module's parameters."""
+    tensors, learned = leaves(problem), parameters(call)
+    wanted = {str(place): tensors[place] for place in problem.gradients} | learned
     results = [part for part in outputs(call(*tensors)) if part.requires_grad]
-    if upper is None:
-        upper = cotangents(results)
-    found = torch.autograd.grad(results, [*wanted, *parameters(call)], upper, allow_unused=True)
-    return list(found[: len(wanted)])
+    found = torch.autograd.grad(results, list(wanted.values()), upper or cotangents(results), allow_unused=True)
+    return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
 
 
-def exact_results(problem: Problem, gradients: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients of the definition in float64, at the tensors as they are rounded."""
-    precise = Problem(
-        tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in problem.tensors),
-        problem.settings, problem.exact, problem.exact, problem.exact, problem.gradients, problem.work,
-    )  # fmt: skip
-    return forward(problem.exact, precise), both(problem.exact, precise) if gradients else []
+@dataclass(frozen=True)
+class Exact:
+    """What the definition gives in float64, at the tensors as they are rounded."""
+
+    results: list[Tensor]
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Exact":
+        tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in problem.tensors)
+        precise = replace(problem, tensors=tensors)
+        gradients = both(problem.exact, precise) if problem.gradients else {}
+        return cls(forward(problem.exact, precise), gradients)
+
+    def errors(self, call: Call, problem: Problem) -> dict[str, float]:
+        """Of the results, and of results and gradients together.
+
+        The gradients of parameters are compared where the contestant has a parameter of the same name and shape;
+        those of the tensors must be there.
+        """
+        own = error(forward(call, problem), self.results)
+        errors = {"forward": own}
+        if self.gradients:
+            found = both(call, problem)
+            names = [
+                name
+                for name, exact in self.gradients.items()
+                if name.isdigit() or (name in found and found[name].shape == exact.shape)
+            ]
+            gradients = error([found.get(name) for name in names], [self.gradients[name] for name in names])
+            errors["forward+backward"] = max(own, gradients)
+        return errors
 
 
 def error(found: Sequence[Tensor | None], exact: Sequence[Tensor]) -> float:
     """The largest |found - exact| / |exact| of the tensors, Euclidean; infinite for NaN or another shape."""
+    if len(found) != len(exact):
+        return float("inf")
     worst = 0.0
     for one, other in zip(found, exact, strict=True):
         if one is None or one.shape != other.shape:
             return float("inf")
-        size = torch.linalg.vector_norm(other).item()
+        size = torch.linalg.vector_norm(other.double()).item()
         distance = torch.linalg.vector_norm(one.detach().double() - other).item()
         relative = distance / size if size else distance
         if not relative < float("inf"):

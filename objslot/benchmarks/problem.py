@@ -35,7 +35,7 @@ class Problem:
         ours: objslot's call; an `nn.Module` where parameters learn.
         exact: the definition, called with the tensors in float64.
         plain: the definition in eager PyTorch in the dtype of the tensors. Its own error sets the bound.
-        gradients: places in `tensors` that have gradients; empty where there are none.
+        gradients: places in `tensors` that have gradients; empty for operations without a backward pass.
         work: the least work.
     """
 
@@ -115,6 +115,8 @@ class Operation:
         shapes: those of the whole suite, the one that matters most first.
         quick: those of `--quick`.
         scaling: for an axis, the shapes along which it grows.
+        dtypes: those that the operation is used in.
+        differentiable: whether there is a backward pass to time.
     """
 
     name: str
@@ -124,6 +126,12 @@ class Operation:
     shapes: Sequence[tuple[int, ...]]
     quick: Sequence[tuple[int, ...]]
     scaling: dict[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    differentiable: bool = True
+
+    @property
+    def widest_mode(self) -> str:
+        return "forward+backward" if self.differentiable else "forward"
 
 
 def write_shape(sizes: Sequence[int]) -> str:

@@ -1,10 +1,12 @@
 """All operations of the suite, by name and in the order in which they run."""
 
-from objslot.benchmarks.operations import sinkhorn
+from objslot.benchmarks.operations import propagation, sinkhorn, slots, transport
 from objslot.benchmarks.problem import Operation
 from objslot.errors import UserError
 
-OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (*sinkhorn.OPERATIONS,)}
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for family in (sinkhorn, transport, slots, propagation) for operation in family.OPERATIONS
+}
 
 
 def find(names: list[str] | None) -> list[Operation]:

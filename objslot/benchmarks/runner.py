@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 from objslot.benchmarks import checking, limits
 from objslot.benchmarks.problem import Call, Operation, Problem, write_shape
 from objslot.benchmarks.timing import Samples, measure, paired_ratio
+from objslot.errors import BackendError
+from objslot.ops import use_backend
 
 OURS = "objslot"
 MODES = ("forward", "forward+backward")
@@ -31,6 +34,18 @@ class Contestant:
     other: str | None = None
 
 
+class Named(nn.Module):
+    """objslot's call on a backend asked for by name."""
+
+    def __init__(self, call: Call, backend: str):
+        super().__init__()
+        self.call, self.backend = call, backend
+
+    def forward(self, *tensors):
+        with use_backend(self.backend):
+            return self.call(*tensors)
+
+
 def run(
     operation: Operation,
     sizes: Sequence[int],
@@ -50,18 +65,10 @@ def run(
     # Code compiled for other threads, dtypes and shapes counts against the limit of recompilations.
     torch._dynamo.reset()
     problem = operation.build(sizes, device, dtype)
-    base = {
-        "kind": "time",
-        "operation": operation.name,
-        "shape": write_shape(sizes),
-        "sizes": dict(zip(operation.axes, sizes, strict=True)),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": threads,
-    }
-    modes = [mode for mode in modes if mode == "forward" or problem.gradients]
-    exact = checking.exact_results(problem, bool(problem.gradients))
-    plain = _errors(problem.plain, problem, exact, modes)
+    base = base_record("time", operation, sizes, device, dtype, threads)
+    modes = [mode for mode in modes if mode == "forward" or operation.differentiable]
+    exact = checking.Exact.of(problem)
+    plain = exact.errors(problem.plain, problem)
     bounds = {mode: checking.bound(plain[mode], dtype) for mode in modes}
 
     found, idle = [], []
@@ -71,7 +78,9 @@ def run(
             continue
         try:
             call = make()
-            found.append(Contestant(name, call, _errors(call, problem, exact, modes), other))
+            found.append(Contestant(name, call, exact.errors(call, problem), other))
+        except BackendError as refusal:
+            idle.append({"name": name, "status": REFUSED, "note": str(refusal)})
         except Exception as failure:
             words = " ".join(str(failure).split())[:200]
             idle.append({"name": name, "status": FAILED, "note": f"{type(failure).__name__}: {words}"})
@@ -81,9 +90,28 @@ def run(
         yield from ({**base, "mode": mode, **row} for row in idle)
 
 
+def base_record(
+    kind: str, operation: Operation, sizes: Sequence[int], device: torch.device, dtype: torch.dtype, threads: int
+) -> dict:
+    """What all records of one shape share."""
+    return {
+        "kind": kind,
+        "operation": operation.name,
+        "shape": write_shape(sizes),
+        "sizes": dict(zip(operation.axes, sizes, strict=True)),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+    }
+
+
 def _entrants(operation: Operation, problem: Problem, wanted: Callable[[str], bool]):
     """Name, label, maker and, where it takes no part, the reason of everybody; objslot first."""
     yield OURS, None, lambda: problem.ours, None
+    if problem.device.type == "cuda":
+        # Kernels that are not chosen by themselves until they were seen right.
+        for backend in ("triton", "cuda"):
+            yield f"{OURS}, {backend} by name", None, lambda backend=backend: Named(problem.ours, backend), None
     for peer in operation.peers:
         if not wanted(peer.name):
             continue
@@ -93,14 +121,6 @@ def _entrants(operation: Operation, problem: Problem, wanted: Callable[[str], bo
         elif (reason := peer.refuses(problem)) is not None:
             absent = {"status": REFUSED, "note": reason}
         yield peer.name, peer.other, lambda peer=peer: peer.build(problem), absent
-
-
-def _errors(call: Call, problem: Problem, exact, modes: Sequence[str]) -> dict[str, float]:
-    errors = {"forward": checking.error(checking.forward(call, problem), exact[0])}
-    if "forward+backward" in modes:
-        gradients = checking.error(checking.both(call, problem), exact[1])
-        errors["forward+backward"] = max(errors["forward"], gradients)
-    return errors
 
 
 def _timed(

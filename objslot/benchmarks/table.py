@@ -16,6 +16,11 @@ def lines(records: Sequence[dict]) -> list[str]:
 
 
 def _cells(record: dict) -> str:
+    if record["kind"] == "memory":
+        return "failed" if record["peak_bytes"] is None else f"peak {size(record['peak_bytes'])}"
+    if record["kind"] == "scaling":
+        words = [f"time ~ {record['axis']}^{_exponent(record['time_exponent'])}"]
+        return ", ".join([*words, f"memory ~ {record['axis']}^{_exponent(record['memory_exponent'])}"])
     note = record["status"] if not record["note"] else f"{record['status']}: {record['note']}"
     if "seconds" not in record:
         if record["status"] == "wrong":
@@ -42,3 +47,11 @@ def duration(seconds: float) -> str:
 
 def times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _exponent(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"

@@ -1,5 +1,6 @@
 """The subcommands of `objslot`: dataclasses whose fields are the flags. Heavy imports wait until one runs."""
 
+from objslot.commands.bench import Bench
 from objslot.commands.demo import Demo
 from objslot.commands.discover import Discover
 from objslot.commands.evaluate import Evaluate
@@ -13,5 +14,6 @@ COMMANDS = {
     "discover": Discover,
     "evaluate": Evaluate,
     "propagate": Propagate,
+    "bench": Bench,
     "info": Info,
 }

@@ -73,6 +73,11 @@ OPERATIONS = (
         peers=peers.PLANS,
         shapes=((48, 256, 256, 3), (48, 256, 256, 20), (8, 196, 196, 3), (1, 1620, 1620, 3), (1, 1620, 1620, 20)),
         quick=((8, 196, 196, 3), (48, 256, 256, 3)),
+        scaling={
+            "batch": tuple((batch, 256, 256, 3) for batch in (1, 4, 16, 64)),
+            "rows": tuple((1, side, side, 3) for side in (64, 256, 1024, 2048, 4096)),
+            "iterations": tuple((16, 256, 256, count) for count in (1, 4, 16, 64)),
+        },
     ),
     Operation(
         name="sinkhorn_potentials",

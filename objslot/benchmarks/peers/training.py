@@ -3,7 +3,7 @@
 Written from the paper's equations, not from anyone's code. Every ordered pair of frames has a plan and a matrix of
 cross-entropies of its own; instances are matched one frame pair, clip and semantics at a time by scipy; both encoders
 are separate modules and the student's is back-propagated through; the optimiser is AdamW as torch builds it; the
-teacher follows parameter by parameter. Losses and gradients equal objslot's to rounding, which `same_losses` checks.
+teacher follows parameter by parameter. Losses and gradients equal objslot's to rounding.
 
 Shapes: B clips of T frames, HW positions, N semantics with P instances each, D channels.
 """
@@ -93,7 +93,8 @@ def slot_stage(core: SemanticSlotAttention, initial: Tensor, x: Tensor, mask: Te
 class AuthorsModel(nn.Module):
     """The model that `model` is, with copies of its weights; call it as `SMTC`, on normalised frames.
 
-    Takes the configurations of the paper: uniform marginals, soft aggregation, residual update, one encoder.
+    Takes the configurations of the paper: uniform marginals, soft aggregation, residual update, one encoder. The
+    student's encoder learns where that of `model` does by its configuration.
     """
 
     def __init__(self, model: SMTC):
@@ -101,20 +102,23 @@ class AuthorsModel(nn.Module):
         self.config, self.width = model.config, model.width
         self.encoder = copy.deepcopy(model.encoder)
         self.teacher_encoder = copy.deepcopy(model.teacher_encoder or model.encoder)
-        self.encoder.set_training(True)
+        self.encoder.set_training(model.config.train_encoder)
         self.teacher_encoder.set_training(False)
         self.student = copy.deepcopy(model.student)
         self.teacher = copy.deepcopy(model.teacher)
 
-    def slots(self, branch: SlotBranch, keys: Tensor, index: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """What both stages find in frames with `keys` (B, T, HW, D)."""
-        config, core, fusion = self.config, branch.slots, branch.fusion
-        clip = torch.arange(len(keys)).view(-1, 1, 1)
+    def fuse(self, branch: SlotBranch, keys: Tensor, index: Tensor) -> Tensor:
+        """Features (B, T, HW, D) joined with what corresponds to them in the frames `index` (B, T, K)."""
+        fusion = branch.fusion
+        clip = torch.arange(len(keys), device=keys.device).view(-1, 1, 1)
         unit = F.normalize(keys, dim=-1)
         correspondence = torch.einsum("btud,btkvd->btkuv", unit, unit[clip, index]).mean(dim=2)
         embedding = fusion.embed(correspondence / fusion.temperature)
-        fused = branch.project(keys) + fusion.norm(embedding) * fusion.scale
+        return branch.project(keys) + fusion.norm(embedding) * fusion.scale
 
+    def stages(self, branch: SlotBranch, fused: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What both stages find in fused features (B, T, HW, D)."""
+        config, core = self.config, branch.slots
         start = core.mu.expand(*fused.shape[:2], 1, -1, -1)
         semantic_slots, semantic_logits = slot_stage(core, start, fused, None, config.iterations)
         semantic_slots, semantic_logits = semantic_slots.squeeze(2), semantic_logits.squeeze(2)
@@ -136,18 +140,14 @@ class AuthorsModel(nn.Module):
             "valid": valid,
         }
 
-    def forward(self, student: Tensor, teacher: Tensor, generator=None) -> dict[str, Tensor]:
-        """Losses on frames (B, T, 3, H, W) as the student and the teacher see them."""
+    def slots(self, branch: SlotBranch, keys: Tensor, index: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What both stages find in frames with `keys` (B, T, HW, D)."""
+        return self.stages(branch, self.fuse(branch, keys, index), noise)
+
+    def losses(self, found: dict, target: dict, keys: Tensor) -> dict[str, Tensor]:
+        """Of what the student and the teacher found, with the teacher's keys."""
         config = self.config
-        keys = self.encoder(student).keys
-        clips, frames = keys.shape[:2]
-        index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling, generator=generator)
-        shape = (clips, frames, config.slots, config.instances, self.width)
-        found = self.slots(self.student, keys, index, random_noise(shape, keys.device, generator))
-        with torch.no_grad():
-            keys = self.teacher_encoder(teacher).keys
-            target = self.slots(self.teacher, keys, index, random_noise(shape, keys.device, generator))
-            masks = (target["logits"] / config.teacher_temperature).softmax(dim=-2)
+        masks = (target["logits"] / config.teacher_temperature).softmax(dim=-2)
         losses = {
             "semantic": semantic_alignment_loss(
                 found["logits"], masks, keys, eps=config.eps, n_iters=config.sinkhorn_iterations
@@ -161,10 +161,25 @@ class AuthorsModel(nn.Module):
         total = sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
         return {"loss": total, **losses}
 
+    def forward(self, student: Tensor, teacher: Tensor, generator=None) -> dict[str, Tensor]:
+        """Losses on frames (B, T, 3, H, W) as the student and the teacher see them."""
+        config = self.config
+        keys = self.encoder(student).keys
+        clips, frames = keys.shape[:2]
+        index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling, generator=generator)
+        shape = (clips, frames, config.slots, config.instances, self.width)
+        found = self.slots(self.student, keys, index, random_noise(shape, keys.device, generator))
+        with torch.no_grad():
+            keys = self.teacher_encoder(teacher).keys
+            target = self.slots(self.teacher, keys, index, random_noise(shape, keys.device, generator))
+        return self.losses(found, target, keys)
+
     @torch.no_grad()
     def update_teacher(self, momentum: float = 0.999) -> None:
         """Moving average of every parameter, one after the other."""
-        pairs = ((self.teacher, self.student), (self.teacher_encoder, self.encoder))
+        pairs = [(self.teacher, self.student)]
+        if self.config.train_encoder:
+            pairs.append((self.teacher_encoder, self.encoder))
         for teacher, student in pairs:
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.copy_(momentum * old + (1 - momentum) * new)
@@ -185,30 +200,3 @@ class AuthorsStep:
         self.optimizer.step()
         self.model.update_teacher()
         return losses
-
-
-def same_losses(model: SMTC, student: Tensor, teacher: Tensor, *, relative: float = 1e-4) -> dict[str, float]:
-    """Relative differences of the losses, and of the gradient of the slots, from those of `model`.
-
-    Raises AssertionError when one is above `relative`: times of different computations mean nothing.
-    """
-
-    def measured(module: nn.Module, branch: SlotBranch) -> dict[str, Tensor]:
-        clips = len(student)
-        module.zero_grad()
-        terms = module(student, teacher, [torch.Generator().manual_seed(clip) for clip in range(clips)])
-        terms["loss"].backward()
-        names = ("loss", "semantic", "instance", "diversity")
-        values = {name: terms[name].detach() for name in names}
-        gradients = [p.grad.flatten() for p in branch.parameters() if p.grad is not None]
-        return values | {"gradient": torch.cat(gradients)}
-
-    peer = AuthorsModel(model)
-    own, theirs = measured(model, model.student), measured(peer, peer.student)
-    differences = {
-        name: ((own[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)).item() for name in own
-    }
-    model.zero_grad()
-    wrong = {name: value for name, value in differences.items() if not value <= relative}
-    assert not wrong, f"the peer computes something else: {wrong}"
-    return differences

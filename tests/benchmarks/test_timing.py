@@ -1,0 +1,87 @@
+"""Interleaving, the rule for disturbed samples, and paired ratios."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from objslot.benchmarks.timing import Samples, measure, paired_ratio
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Gives the seconds that a call returns, and remembers who was called."""
+
+    def __init__(self):
+        self.order = []
+
+    def __call__(self, call, repeats):
+        name, seconds = call()
+        self.order.append((name, repeats))
+        return seconds * repeats
+
+
+def contestants(**seconds):
+    return {name: lambda name=name, value=value: (name, value) for name, value in seconds.items()}
+
+
+def test_ratio_is_paired_round_by_round():
+    # The machine slows down threefold in the middle: each side's median wanders, the ratio does not.
+    load = np.array([1, 1, 3, 3, 3, 1, 1.0])
+    ours, peer = Samples(2e-3 * load), Samples(5e-3 * load)
+    ratio = paired_ratio(peer, ours)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2.5, 2.5, 2.5))
+
+
+def test_ratio_has_the_quartiles_of_the_ratios():
+    ratio = paired_ratio(Samples(np.array([1.0, 2, 3, 4, 5])), Samples(np.ones(5)))
+    assert (ratio.low, ratio.median, ratio.high) == (2, 3, 4)
+
+
+def test_a_sample_beyond_the_outer_fence_is_dropped_with_its_round():
+    ours = Samples(np.array([1.0, 1.01, 1.02, 1.03, 1.04, 9.0]))
+    peer = Samples(np.array([2.0, 2.02, 2.04, 2.06, 2.08, 2.1]))
+    assert ours.dropped == 1 and ours.taken == 6 and not ours.kept[-1]
+    assert peer.dropped == 0
+    assert ours.quartiles.high < 1.05
+    assert paired_ratio(peer, ours).median == pytest.approx(2.0)
+
+
+def test_the_fence_leaves_a_little_noise_alone():
+    # Without a least range, any difference from identical samples would lie outside.
+    assert Samples(np.array([1.0] * 9 + [1.05])).dropped == 0
+    assert Samples(np.array([1.0] * 9 + [1.07])).dropped == 1
+
+
+def test_rounds_in_which_a_contestant_did_not_take_part_count_for_nothing():
+    peer = Samples(np.array([math.nan, 4.0, math.nan, 6.0]))
+    assert peer.taken == 2 and peer.dropped == 0 and peer.quartiles.median == 5
+    assert paired_ratio(peer, Samples(np.array([9.0, 1.0, 9.0, 2.0]))).median == 3.5
+    assert paired_ratio(peer, Samples(np.array([1.0, math.nan, 1.0, math.nan]))) is None
+
+
+def test_rounds_are_interleaved_in_changing_order():
+    clock = Clock()
+    samples = measure(contestants(a=1e-3, b=2e-3), 0.03, CPU, clock=clock, rounds=(3, 10))
+    rounds = [[name for name, _ in clock.order[2:][start : start + 2]] for start in range(0, 20, 2)]
+    assert all(sorted(names) == ["a", "b"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) == 2
+    assert samples["a"].taken == samples["b"].taken == 10
+    assert samples["b"].quartiles.median == pytest.approx(2e-3)
+
+
+def test_a_slow_contestant_does_not_use_up_the_budget():
+    clock = Clock()
+    samples = measure(contestants(fast=1e-3, slow=1.0), 1.0, CPU, clock=clock, rounds=(7, 31))
+    assert samples["fast"].taken == 31
+    assert samples["slow"].taken == 3
+    assert paired_ratio(samples["slow"], samples["fast"]).median == pytest.approx(1000)
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    clock = Clock()
+    samples = measure(contestants(a=1e-6), 0.1, CPU, clock=clock, rounds=(3, 3))
+    assert clock.order[-1][1] >= 500
+    assert samples["a"].quartiles.median == pytest.approx(1e-6)
