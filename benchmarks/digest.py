@@ -7,6 +7,8 @@ from objslot.benchmarks.suite import AUTHORS, TRAINING_STEP, WHOLE_STEP
 
 EAGER, COMPILED = "eager", "compiled"
 BOTH = "forward+backward"
+# Those that compute the same, be it with more rounding.
+SAME = (runner.OK, runner.IMPRECISE)
 
 
 class Digest:
@@ -65,7 +67,7 @@ class Digest:
         lines = [f"{self.name}: {self._origin()}"]
         for group in self._main():
             ours = group[runner.OURS]
-            peers = [row for row in group.values() if row["status"] == runner.OK and "ratio" in row]
+            peers = [row for row in group.values() if row["status"] in SAME and "ratio" in row]
             words = [table.duration(ours["seconds"]["median"]), f"{table.times(ours['distance'])} the limit"]
             if peers:
                 fastest = min(peers, key=lambda row: row["ratio"]["median"])
@@ -132,7 +134,7 @@ class Digest:
         found = {}
         for (operation, _, dtype, threads, mode), group in self.groups.items():
             for record in group.values():
-                if record["status"] == runner.OK and "ratio" in record and record["ratio"]["median"] < 1:
+                if record["status"] in SAME and "ratio" in record and record["ratio"]["median"] < 1:
                     words = f"{mode}, {dtype}, {threads} thread{'s' if threads > 1 else ''}"
                     found.setdefault(_label(group[runner.OURS], operation), []).append(
                         f"{record['name']} ({words}: {_times(record['ratio']['median'])})"
@@ -226,7 +228,7 @@ def _ratio(group: dict[str, dict], kind: str) -> float | None:
     ratios = [
         record["ratio"]["median"]
         for name, record in group.items()
-        if record["status"] == runner.OK and "ratio" in record and (COMPILED in name) == (kind == COMPILED)
+        if record["status"] in SAME and "ratio" in record and (COMPILED in name) == (kind == COMPILED)
     ]
     if not ratios:
         return None

@@ -14,6 +14,7 @@ from objslot.benchmarks.results import read
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- end of benchmarks -->"
+NONE = "No results yet."
 
 
 def produce(root: Path) -> dict[Path, str]:
@@ -24,8 +25,8 @@ def produce(root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"README.md: the lines {BEGIN!r} and {END!r} are missing")
-    section = "\n\n".join(digest.section() for digest in digests)
-    everything = "\n\n".join(digest.everything() for digest in digests)
+    section = "\n\n".join(digest.section() for digest in digests) or NONE
+    everything = "\n\n".join(digest.everything() for digest in digests) or NONE
     files = {
         root / "README.md": f"{before}{BEGIN}\n\n{section}\n\n{END}{after}",
         root / "docs" / "benchmarks.md": f"# Benchmarks\n\n{everything}\n",

@@ -11,6 +11,8 @@ from objslot.benchmarks.problem import Call, Problem
 
 # A result may be this many times as far from float64 as eager PyTorch in the same dtype is.
 ERROR_RATIO = 2.0
+# A peer that exceeds the bound no further than this is timed all the same, and labelled.
+RIVAL_RATIO = 10.0
 # Errors below these count as rounding, whatever PyTorch's own error is.
 ROUNDING = {
     torch.float64: 1e-12,

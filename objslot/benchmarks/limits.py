@@ -11,7 +11,7 @@ from objslot.benchmarks.problem import Work
 # Sides of the square products that are tried, entries of a vector of exponentials that stays in the cache.
 SIDES = (512, 1024, 2048)
 SIDES_CUDA = (4096, 8192)
-VECTOR = 1 << 14
+VECTOR = 1 << 17
 VECTOR_CUDA = 1 << 26
 ATTEMPTS = 7
 

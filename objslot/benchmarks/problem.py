@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import util
+from importlib import metadata
 from math import prod
 
 import torch
@@ -68,7 +68,7 @@ class Peer:
     Args:
         name: as printed.
         make: the callable for a problem.
-        package: what must be installed, by its import name.
+        package: what must be installed, by the name that pip knows.
         compiled: mode of torch.compile, or None for eager.
         refuses: why the peer does not take part in a problem, or None.
         other: in what it computes something else, where that is known; it is timed all the same, and labelled.
@@ -83,7 +83,11 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why the peer cannot run here at all, or None."""
-        if self.package is not None and util.find_spec(self.package.split(".")[0]) is None:
+        if self.package is None:
+            return None
+        try:
+            metadata.version(self.package)
+        except metadata.PackageNotFoundError:
             return f"not installed: {self.package}"
         return None
 

@@ -18,6 +18,7 @@ MODES = ("forward", "forward+backward")
 # What a record's "status" says.
 OK = "ok"
 OTHER = "other result"
+IMPRECISE = "less exact"
 WRONG = "wrong"
 MISSING = "missing"
 REFUSED = "not applicable"
@@ -123,13 +124,23 @@ def _entrants(operation: Operation, problem: Problem, wanted: Callable[[str], bo
         yield peer.name, peer.other, lambda peer=peer: peer.build(problem), absent
 
 
+def _status(contestant: Contestant, error: float, bound: float) -> str:
+    if error <= bound:
+        return OK
+    if contestant.other is not None and error < float("inf"):
+        return OTHER
+    # Nobody gains by a rival that is left out for a rounding too many.
+    rounding = checking.RIVAL_RATIO * bound
+    return IMPRECISE if contestant.name != OURS and error <= rounding else WRONG
+
+
 def _timed(
     base: dict, mode: str, problem: Problem, found: Sequence[Contestant], bound: float, budget: float
 ) -> Iterator[dict]:
     rows, calls = {}, {}
     for contestant in found:
         error = contestant.errors[mode]
-        status = OK if error <= bound else (WRONG if contestant.other is None else OTHER)
+        status = _status(contestant, error, bound)
         rows[contestant.name] = {
             "name": contestant.name,
             "status": status,

@@ -36,6 +36,8 @@ def _cells(record: dict) -> str:
         cells += f"  {times(record['distance'])} the {record['limit']['by']} limit"
     if record["dropped"]:
         cells += f"  {record['dropped']} of {record['samples']} samples dropped"
+    if record["status"] == "less exact":
+        note = f"less exact: error {record['error']:.1e}, bound {record['bound']:.1e}"
     return cells if record["status"] == "ok" else f"{cells}  {note}"
 
 

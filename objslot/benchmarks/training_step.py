@@ -27,6 +27,9 @@ SIZES = (2, 4, 256)
 ENCODER = "vit_small_patch16_224.dino"
 LOSSES = ("loss", "semantic", "instance", "diversity")
 
+# Untrained slots would all be left out of the instance loss, and neither side would do its work.
+VALID = {"valid_similarity": 0.0, "valid_threshold": 0.0, "valid_area": 0.0}
+
 ROUNDS, BUDGET = (5, 9), 12.0
 PART_ROUNDS, PART_BUDGET = (5, 15), 3.0
 
@@ -39,7 +42,9 @@ class Step:
         source = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = SMTCConfig(encoder=encoder, pretrained=False, image_size=pixels, train_encoder=trains)
+            config = SMTCConfig(
+                encoder=encoder, pretrained=False, image_size=pixels, train_encoder=trains, **VALID
+            )  # fmt: skip
             self.ours = SMTC(config).to(device)
         self.authors = AuthorsModel(self.ours)
         self.device, self.dtype, self.trains = device, dtype, trains
@@ -101,7 +106,9 @@ def _quantities(losses: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """The losses, and the gradient of everything in the student."""
     model.zero_grad()
     losses["loss"].backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.student.parameters() if p.grad is not None])
+    # What takes no part has no gradient in one formulation and zeros in another.
+    learned = list(model.student.parameters())
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned])
     return {name: losses[name].detach() for name in LOSSES} | {"gradient": gradient}
 
 

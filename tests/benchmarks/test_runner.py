@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from objslot.benchmarks import registry, runner, session, table
+from objslot.benchmarks import checking, registry, runner, session, table, training_step
 from objslot.benchmarks.problem import Peer, with_compiled
 from objslot.benchmarks.suite import Job
 
@@ -45,6 +45,14 @@ def test_a_wrong_peer_gets_no_speed():
         assert found[mode, "off"]["status"] == "wrong"
         assert not {"seconds", "ratio"} & found[mode, "off"].keys()
         assert "seconds" in found[mode, "objslot"]
+
+
+@pytest.mark.parametrize("factor, status", [(1 + 5e-5, "less exact"), (1 + 2e-4, "wrong")])
+def test_a_peer_with_a_rounding_too_many_stays_a_rival(factor, status):
+    found = rows(with_peers(Peer("off", lambda problem: lambda scores: problem.plain(scores) * factor)))
+    record = found["forward", "off"]
+    assert record["status"] == status and ("ratio" in record) is (status == "less exact")
+    assert f"{status}: error" in table.lines([record])[1]
 
 
 def test_a_wrong_gradient_takes_the_speed_of_that_pass_alone():
@@ -169,3 +177,19 @@ def test_the_registry_is_whole():
 def test_compiled_peers_run_compiled():
     found = rows(with_peers(*with_compiled("plain", plain, modes=("default",))))
     assert found["forward+backward", "plain, compiled"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_training_step_and_the_authors_formulation_agree(trains, dtype):
+    step = training_step.Step(CPU, dtype, trains, sizes=(1, 2, 64), encoder="test_vit.r160_in1k")
+    ours, theirs = step.errors()
+    assert 0 < ours <= checking.bound(theirs, dtype)
+    for run in (step.run_ours, step.run_theirs):
+        run()
+    valid = step.our_losses()["valid_share"]
+    assert 0 < valid < 1
+    if not trains and dtype == torch.float32:
+        for _, own, other in training_step._part_calls(step):
+            own()
+            other()

@@ -70,8 +70,8 @@ PLANS = (
     *with_compiled("log domain", settings_only(log_domain)),
     Peer("exp domain, eager", settings_only(exp_domain)),
     Peer("exp domain, compiled", settings_only(exp_domain), compiled="default"),
-    Peer("POT log", _pot("bregman_log_projection_batch"), package="ot"),
-    Peer("POT exp", _pot("bregman_projection_batch"), package="ot"),
+    Peer("POT log", _pot("bregman_log_projection_batch"), package="POT"),
+    Peer("POT exp", _pot("bregman_projection_batch"), package="POT"),
     Peer(
         "GeomLoss",
         _geomloss,

@@ -173,8 +173,8 @@ CORE = (
 SOFTMAX = with_compiled("softmax, mask, sum", settings_only(slot_softmax))
 SLOTS = (
     *with_compiled("slot attention as published", _plain_slots),
-    Peer("slot-attention package", _package, package="slot_attention"),
-    Peer("slot-attention package, compiled", _package, package="slot_attention", compiled="default"),
+    Peer("slot-attention package", _package, package="slot-attention"),
+    Peer("slot-attention package, compiled", _package, package="slot-attention", compiled="default"),
 )
 TWO_STAGES = with_compiled("authors' formulation", _two_stages)
 ASSIGNMENT = (

@@ -65,7 +65,7 @@ TRANSPORT = (
     Peer(
         "flash-sinkhorn",
         _flash_sinkhorn,
-        package="flash_sinkhorn",
+        package="flash-sinkhorn",
         refuses=_needs_cuda,
         other="gives the transport cost of unit tokens and transports nothing",
     ),
