@@ -155,7 +155,7 @@ def _two_stages(problem: Problem) -> nn.Module:
 
 
 def _positions_attention(problem: Problem):
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = q.flatten(1, 2)
         return F.scaled_dot_product_attention(rows, k, v).reshape(*q.shape[:-1], v.shape[-1])
 
@@ -167,7 +167,8 @@ CORE = (
     Peer(
         "scaled_dot_product_attention",
         _positions_attention,
-        other="softmax over the positions instead of the slots, no mask: the nearest library kernel",
+        refuses=lambda problem: "has no mask of this kind" if len(problem.tensors) > 3 else None,
+        other="softmax over the positions instead of the slots: the nearest library kernel",
     ),
 )
 SOFTMAX = with_compiled("softmax, mask, sum", settings_only(slot_softmax))

@@ -52,7 +52,7 @@ def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Ten
         similarity = torch.einsum("bnpd,bnqd->bnpq", student[:, i], teacher[:, j])
         for b, n in itertools.product(range(clips), range(semantics)):
             scores = similarity[b, n]
-            rows, columns = linear_sum_assignment(-scores.detach().cpu().numpy())
+            rows, columns = linear_sum_assignment(-scores.detach().cpu().float().numpy())
             for p, q in zip(rows, columns, strict=True):
                 if not student_valid[b, i, n, p]:
                     continue
