@@ -24,7 +24,7 @@ device=cuda
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 echo "== build ($(left) s left)"
-timeout 150 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" -v . >"$out/build.log" 2>&1 || {
+timeout 240 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" -v . >"$out/build.log" 2>&1 || {
   tail -n 30 "$out/build.log"
   exit 1
 }

@@ -30,8 +30,8 @@ LOSSES = ("loss", "semantic", "instance", "diversity")
 # Untrained slots would all be left out of the instance loss, and neither side would do its work.
 VALID = {"valid_similarity": 0.0, "valid_threshold": 0.0, "valid_area": 0.0}
 
-ROUNDS, BUDGET = (5, 9), 12.0
-PART_ROUNDS, PART_BUDGET = (5, 15), 3.0
+ROUNDS, BUDGET = (5, 9), 8.0
+PART_ROUNDS, PART_BUDGET = (5, 15), 1.5
 
 
 class Step:
