@@ -104,7 +104,8 @@ def one_thread():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_numbers_that_no_tensor_has_are_refused(op, dtype, monkeypatch, one_thread, request):
     draw, failures, attacks = random.Random(0), [], [0]
-    share = 1.0 if request.config.getoption("--nightly") else 0.35
+    # A fork of a sanitized process takes a tenth of a second.
+    share = 1.0 if request.config.getoption("--nightly") else 0.1 if "OBJSLOT_SANITIZED" in os.environ else 0.35
 
     def attack(name, function, arguments):
         for place, value in numbers(arguments):
