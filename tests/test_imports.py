@@ -27,6 +27,7 @@ ALLOWED = {
     "info": {"models", "ops", "errors"},
     "demo": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},
     "benchmarks": {"training", "objectives", "models", "nn", "ops", "info", "errors"},
+    "ablations": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},
     "commands": None,
     "cli": None,
 }

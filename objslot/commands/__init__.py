@@ -1,5 +1,6 @@
 """The subcommands of `objslot`: dataclasses whose fields are the flags. Heavy imports wait until one runs."""
 
+from objslot.commands.ablate import Ablate
 from objslot.commands.bench import Bench
 from objslot.commands.demo import Demo
 from objslot.commands.discover import Discover
@@ -14,6 +15,7 @@ COMMANDS = {
     "discover": Discover,
     "evaluate": Evaluate,
     "propagate": Propagate,
+    "ablate": Ablate,
     "bench": Bench,
     "info": Info,
 }

@@ -68,7 +68,7 @@ class FeatureStore:
         self.grid = encoder.grid(size)
         self.width = encoder.width
         self.has_attention = encoder.has_cls_attention
-        self.folder = Path(folder).expanduser() / _fingerprint(encoder, size, precision)
+        self.folder = Path(folder).expanduser() / fingerprint(encoder, size, precision)
         self._reasons: dict[str, str] = {}
 
     def build(
@@ -206,7 +206,8 @@ def _chunks(video: Video, size: tuple[int, int]):
         yield torch.cat(waiting)
 
 
-def _fingerprint(encoder: Encoder, size: tuple[int, int], precision: str) -> str:
+def fingerprint(encoder: Encoder, size: tuple[int, int], precision: str) -> str:
+    """A name for the features of frames of `size`: another encoder, other weights or a precision change it."""
     digest = hashlib.sha256(f"1 {encoder.name} {encoder.key_center} {size} {precision}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

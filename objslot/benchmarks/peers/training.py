@@ -152,9 +152,7 @@ class AuthorsModel(nn.Module):
             "semantic": semantic_alignment_loss(
                 found["logits"], masks, keys, eps=config.eps, n_iters=config.sinkhorn_iterations
             ),
-            "instance": instance_alignment_loss(
-                found["objects"], target["objects"], found["valid"], target["valid"]
-            ),
+            "instance": instance_alignment_loss(found["objects"], target["objects"], found["valid"], target["valid"]),
             "diversity": diversity_loss(found["semantic"]),
         }
         weights = config.semantic_weight, config.instance_weight, config.diversity_weight
