@@ -33,14 +33,6 @@ class World:
             )
         return batch_size // (self.size * parts)
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Each flag, true where it is in any process."""
-        if self.size == 1:
-            return list(flags)
-        values = torch.tensor([float(flag) for flag in flags], device=self.device)
-        distributed.all_reduce(values, distributed.ReduceOp.MAX)
-        return [bool(value) for value in values.tolist()]
-
     def mean(self, values: list[float]) -> list[float]:
         """Each value's mean over the processes."""
         if self.size == 1:

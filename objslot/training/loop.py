@@ -15,15 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from objslot.data import Video, find_videos
-from objslot.data.augment import augment, normalise
 from objslot.data.clips import ClipDataset, PixelSource, load_clips
 from objslot.errors import UserError
 from objslot.models import SMTC
-from objslot.models.encoder import FrameFeatures
 from objslot.training.checkpoint import load_checkpoint, save_checkpoint
 from objslot.training.config import TrainingConfig
 from objslot.training.distributed import World, join
@@ -31,15 +27,17 @@ from objslot.training.features import FeatureStore, FrozenEncoder
 from objslot.training.folder import RunFolder
 from objslot.training.guards import Interruption, UnusableVideos, save_failed_batch
 from objslot.training.reporting import Reporter
+from objslot.training.step import TrainingStep
+from objslot.training.views import Views
 
 
 def train(config: TrainingConfig, data: str | Path | Sequence[Video], out: str | Path, *, resume: bool = False) -> Path:
     """Train a model on the videos under ``data`` and return ``out``, which `SMTC.load` reads.
 
     ``data`` is a path (see `find_videos`) or videos with different names. ``out`` gets config.json,
-    metrics.jsonl (a line a step), checkpoints/ and model.safetensors, the newest checkpoint's. With
-    ``resume`` the run in ``out`` goes on from its newest checkpoint; where there is none it begins. Started
-    by torchrun, every process takes its share of each batch.
+    metrics.jsonl (a line a step, with the seconds it took and those it waited for clips), checkpoints/ and
+    model.safetensors, the newest checkpoint's. With ``resume`` the run in ``out`` goes on from its newest
+    checkpoint; where there is none it begins. Started by torchrun, every process takes its share of each batch.
 
     On Ctrl-C and on SIGTERM the step is finished and saved, then `KeyboardInterrupt` or `SystemExit` (143)
     raised. Raises `UserError` for videos, weights or an output folder that will not do, and for losses that
@@ -69,12 +67,10 @@ def _run(
     # The leader reads what the folder holds; the others are told.
     videos, newest = world.gather((folder.order_videos(found), folder.newest) if folder else None)[0]
     model = _build_model(config, out, resumed=newest is not None).to(world.device)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(config.lr, config.weight_decay, config.encoder_lr_scale), fused=True
-    )
+    stepper = TrainingStep(model, config, world)
     start, nonfinite = 0, 0
     if newest is not None:
-        state = load_checkpoint(newest, model, optimizer)
+        state = load_checkpoint(newest, model, stepper.optimizer)
         start, nonfinite = state["step"], state["nonfinite"]
     if folder:
         folder.start(where, [video.name for video in found])
@@ -94,8 +90,11 @@ def _run(
     if start == config.steps:
         return out
 
-    views = _Views(config, model, videos, out, world, reporter)
-    dataset = ClipDataset(videos, views.source, frames=config.frames, stride=config.stride, seed=config.seed)
+    views = Views(model, config, world.device)
+    if config.cache_features:
+        views.store = _stored_features(config, model, videos, views.encode, out, world, reporter)
+    source = views.store or PixelSource(model.frame_size)
+    dataset = ClipDataset(videos, source, frames=config.frames, stride=config.stride, seed=config.seed)
     batches = (
         list(_sample_numbers(config, step, part, world, share))
         for step in range(start, config.steps)
@@ -109,58 +108,41 @@ def _run(
             metrics.sync()
             # The model first: whoever finds a checkpoint reads the encoder, which is not in it, from there.
             folder.save_model(model)
-            save_checkpoint(folder.checkpoints, step, model, optimizer, {"nonfinite": nonfinite}, keep=config.keep)
+            state = {"nonfinite": nonfinite}
+            save_checkpoint(folder.checkpoints, step, model, stepper.optimizer, state, keep=config.keep)
 
     if newest is None:
         # Proves, before any work is done, that a checkpoint fits the disk.
         save(0)
     if config.model.train_encoder:
-        model.set_encoder_training(start >= config.unfreeze_at)
-    step_model = _wrap(model, config, world)
+        stepper.let_encoder_learn(start >= config.unfreeze_at)
 
     with Interruption() as interruption, closing(clips), closing(metrics) if metrics else nullcontext(), reporter:
         for step in range(start, config.steps):
             began = time.perf_counter()
+            waited = 0.0
             if config.model.train_encoder and step == config.unfreeze_at:
-                model.set_encoder_training(True)
-                step_model = _wrap(model, config, world)
+                stepper.let_encoder_learn(True)
             torch.manual_seed(_number(config.seed, step, world.rank))
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
-                group["lr"] = group["initial_lr"] * config.learning_rate_factor(step)
-
-            total: dict[str, float] = {}
+            rate = stepper.set_rate(config.learning_rate_factor(step))
             for part in range(config.accumulate):
+                asked = time.perf_counter()
                 batch = next(clips)
+                waited += time.perf_counter() - asked
                 for index, error in batch.pop("failures"):
                     tally.note(index, error)
-                student, teacher = views(batch)
                 numbers = _sample_numbers(config, step, part, world, share)
                 generators = [torch.Generator().manual_seed(_number(config.seed, n)) for n in numbers]
-                last = part == config.accumulate - 1
-                with step_model.no_sync() if world.size > 1 and not last else nullcontext():
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                        terms = step_model(student, teacher, generators)
-                    (terms["loss"] / config.accumulate).backward()
-                for name, value in terms.items():
-                    total[name] = total.get(name, 0.0) + value.item() / config.accumulate
-            total["grad_norm"] = _gradient_norm(model).item()
-            total = dict(zip(total, world.mean(list(total.values())), strict=True))
-
-            failed, interrupted = world.any(
-                not all(map(math.isfinite, total.values())), interruption.signal is not None
-            )
-            if not failed:
-                optimizer.step()
-                model.update_teacher()
-            optimizer.zero_grad(set_to_none=True)
+                stepper.add(*views(batch), generators, last=part == config.accumulate - 1)
+            terms, failed, interrupted = stepper.finish(interruption.signal is not None)
             nonfinite = nonfinite + 1 if failed else 0
 
             record: dict[str, Any] = {"step": step, "skipped": failed}
-            record |= {name: value if math.isfinite(value) else None for name, value in total.items()}
+            record |= {name: value if math.isfinite(value) else None for name, value in terms.items()}
             record |= {
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": rate,
                 "seconds": round(time.perf_counter() - began, 6),
+                "seconds_waiting": round(waited, 6),
             }
             if metrics:
                 metrics.write(record)
@@ -182,43 +164,24 @@ def _run(
     return out
 
 
-class _Views:
-    """Turns a batch of clips into what the student and the teacher see: frames to encode, or features."""
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        model: SMTC,
-        videos: Sequence[Video | UserError],
-        out: Path,
-        world: World,
-        reporter: Reporter,
-    ):
-        self.device = world.device
-        self.encode = None
-        self.source: PixelSource | FeatureStore = PixelSource(model.frame_size)
-        if not config.model.train_encoder:
-            self.encode = FrozenEncoder(model.encoder, config.precision, config.compile)
-        if config.cache_features:
-            cache = config.cache_dir or out / "features"
-            self.source = FeatureStore(cache, model.encoder, model.frame_size, config.precision)
-            present = [video for video in videos if not isinstance(video, UserError)]
-            self.source.build(
-                present,
-                self.encode,
-                world,
-                limit=config.cache_limit,
-                progress=partial(reporter.progress, "frames whose features are stored"),
-            )
-
-    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor | FrameFeatures, Tensor | FrameFeatures]:
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        if isinstance(self.source, FeatureStore):
-            features = self.source.features(batch)
-            return features, features
-        frames = batch["frames"].float() / 255
-        student, teacher = (normalise(augment(frames, batch[view])) for view in ("student", "teacher"))
-        return (self.encode(student), self.encode(teacher)) if self.encode else (student, teacher)
+def _stored_features(
+    config: TrainingConfig,
+    model: SMTC,
+    videos: Sequence[Video | UserError],
+    encode: FrozenEncoder,
+    out: Path,
+    world: World,
+    reporter: Reporter,
+) -> FeatureStore:
+    store = FeatureStore(config.cache_dir or out / "features", model.encoder, model.frame_size, config.precision)
+    store.build(
+        [video for video in videos if not isinstance(video, UserError)],
+        encode,
+        world,
+        limit=config.cache_limit,
+        progress=partial(reporter.progress, "frames whose features are stored"),
+    )
+    return store
 
 
 def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:
@@ -229,30 +192,10 @@ def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:
     return SMTC(config.model)
 
 
-def _wrap(model: SMTC, config: TrainingConfig, world: World) -> nn.Module:
-    module: nn.Module = model
-    if config.compile:
-        # A module's own `compile` would have DDP wrap, and name, what is not compiled.
-        module = cast(nn.Module, torch.compile(model))
-    if world.size == 1:
-        return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # The last block of an encoder ends behind its keys.
-        find_unused_parameters=config.model.train_encoder,
-    )
-
-
 def _sample_numbers(config: TrainingConfig, step: int, part: int, world: World, share: int) -> range:
     """The clips of a part of this process's share of a step: each clip belongs to one part of one process."""
     first = step * config.batch_size + (world.rank * config.accumulate + part) * share
     return range(first, first + share)
-
-
-def _gradient_norm(model: nn.Module) -> Tensor:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def _number(*key: int) -> int:

@@ -29,6 +29,7 @@ class Reporter:
         self._silent = silent
         self._told = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._waited: deque[tuple[float, float]] = deque(maxlen=50)
         self._bar = None if silent or not sys.stderr.isatty() else _progress_bar()
         self._task = (
             self._bar.add_task("training", total=steps, completed=start, terms="", speed="") if self._bar else None
@@ -66,6 +67,7 @@ class Reporter:
             return
         done = record["step"] + 1
         self._recent.append((time.monotonic(), images))
+        self._waited.append((record["seconds_waiting"], record["seconds"]))
         terms = "skipped: not finite"
         if not record["skipped"]:
             terms = "  ".join(f"{name} {record[name]:.4f}" for name in _TERMS)
@@ -75,7 +77,8 @@ class Reporter:
         if done % self._log_every and done != self._steps:
             return
         if self._bar is None:
-            rate = f"  {speed:.1f} images/s  {left} left" if speed else ""
+            waiting = sum(part for part, _ in self._waited) / max(sum(whole for _, whole in self._waited), 1e-9)
+            rate = f"  {speed:.1f} images/s  {waiting:.0%} waiting for data  {left} left" if speed else ""
             self.say(f"step {done}/{self._steps}  {terms}{rate}")
         if self._events is not None:
             for name, value in record.items():

@@ -20,7 +20,7 @@ _specification = importlib.util.spec_from_file_location("training_run", RUN)
 run_module = importlib.util.module_from_spec(_specification)
 _specification.loader.exec_module(run_module)
 # Timing apart, what a step writes down is the same however the run was carried out.
-TIMING = "seconds"
+TIMING = {"seconds", "seconds_waiting"}
 
 
 def _write_video(path: Path, seed: int, n_frames: int = 14) -> Path:
@@ -124,6 +124,6 @@ def metrics():
 
     def read(out: Path) -> list[dict]:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name != TIMING} for line in lines]
+        return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
     return read

@@ -88,7 +88,8 @@ def test_what_a_step_writes_down(shared_videos, tmp_path, config):
         assert line["loss"] == pytest.approx(terms, rel=1e-5)
         assert line["grad_norm"] > 0
         assert line["skipped"] is False
-        assert {"valid_share", "fusion_ratio", "lr", "seconds"} <= line.keys()
+        assert {"valid_share", "fusion_ratio", "lr"} <= line.keys()
+        assert 0 <= line["seconds_waiting"] <= line["seconds"]
 
 
 def test_the_optimiser_leaves_teacher_and_encoder_alone(shared_videos, tmp_path, config):

@@ -13,7 +13,8 @@ from objslot.training.reporting import Reporter
 
 def record(step, skipped=False):
     terms = {"loss": 3.0, "semantic": 2.0, "instance": 0.25, "diversity": 0.75}
-    return {"step": step, "skipped": skipped, **(dict.fromkeys(terms) if skipped else terms)}
+    timing = {"seconds": 1.0, "seconds_waiting": 0.25}
+    return {"step": step, "skipped": skipped, **(dict.fromkeys(terms) if skipped else terms), **timing}
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_lines_of_a_log(capsys, clock):
             reporter.step(record(step, skipped=step == 19), images=8)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
-    assert "loss 3.0000  semantic 2.0000  instance 0.2500  diversity 0.7500  8.0 images/s  0:00:15 left" in lines[0]
+    assert "loss 3.0000  semantic 2.0000  instance 0.2500  diversity 0.7500  8.0 images/s  25% waiting for data  0:00:15 left" in lines[0]
     assert "skipped: not finite" in lines[1]
 
 
@@ -93,7 +94,7 @@ def test_events_for_tensorboard(monkeypatch, tmp_path):
     assert written[0] == (tmp_path, 2)
     assert ("loss", 3.0, 3) in written
     assert written[-1] == "closed"
-    assert len(written) == 6
+    assert len(written) == 8
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):

@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -44,24 +45,21 @@ def semantic_alignment_loss(
 
 
 def instance_alignment_loss(student: Tensor, teacher: Tensor, student_valid: Tensor, teacher_valid: Tensor) -> Tensor:
-    """As `objslot.objectives.instance_alignment_loss`, one assignment of scipy at a time."""
+    """As `objslot.objectives.instance_alignment_loss`, frame pair by frame pair, one assignment of scipy at a time."""
     clips, frames, semantics, instances = student.shape[:4]
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher.detach(), dim=-1)
-    total, count = student.new_zeros(()), 0
+    total, count = student.new_zeros(()), student.new_zeros(())
     for i, j in itertools.product(range(frames), repeat=2):
         similarity = torch.einsum("bnpd,bnqd->bnpq", student[:, i], teacher[:, j])
+        scores, match = similarity.detach().cpu().float().numpy(), np.empty((clips, semantics, instances), np.int64)
         for b, n in itertools.product(range(clips), range(semantics)):
-            scores = similarity[b, n]
-            rows, columns = linear_sum_assignment(-scores.detach().cpu().float().numpy())
-            for p, q in zip(rows, columns, strict=True):
-                if not student_valid[b, i, n, p]:
-                    continue
-                apart = [F.relu(scores[p, other] - 0.5) for other in range(instances) if other != q]
-                total = total + (sum(apart) / max(instances - 1, 1) if apart else 0.0)
-                if teacher_valid[b, j, n, q]:
-                    total = total - scores[p, q]
-                count += 1
-    return total / max(count, 1)
+            match[b, n] = linear_sum_assignment(-scores[b, n])[1]
+        matches = F.one_hot(torch.from_numpy(match).to(similarity.device), instances).bool()
+        apart = (F.relu(similarity - 0.5) * ~matches).sum(dim=-1) / max(instances - 1, 1)
+        together = (similarity * (matches & teacher_valid[:, j, :, None])).sum(dim=-1)
+        total = total + ((apart - together) * student_valid[:, i]).sum()
+        count = count + student_valid[:, i].sum()
+    return total / count.clamp_min(1)
 
 
 def diversity_loss(semantic: Tensor) -> Tensor:
