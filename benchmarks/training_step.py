@@ -1,7 +1,7 @@
 """Times a training step beside the authors' formulation of it, in one interleaved run.
 
-    python benchmarks/training_step.py [--threads 2] [--rounds 7] [--encoder vit_small_patch16_224] [--clips 2]
-        [--frames 4] [--size 256] [--out FILE.md]
+    python -m benchmarks.training_step [--threads 2] [--rounds 7] [--encoder vit_small_patch16_224] [--clips 2]
+        [--frames 4] [--size 256]
 
 The authors' step takes both views as normalised frames; objslot's takes the uint8 frames and augments them itself
 within the time that is measured. Weights are random: they do not bear on the time. Before anything is timed, losses
@@ -10,17 +10,12 @@ and gradients of both are compared. Prints medians, and how many times faster ob
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers_training import AuthorsStep, same_losses
-
+from benchmarks.peers_training import AuthorsStep, same_losses
 from objslot.data.augment import Photometric
 from objslot.models import SMTC, SMTCConfig
 from objslot.training import TrainingConfig

@@ -36,8 +36,8 @@ class RememberingEncoder(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     @torch.no_grad()
-    def forward(self, frames: Tensor) -> FrameFeatures:
-        """As `Encoder.forward`. Raises `UserError` when features cannot be stored."""
+    def forward(self, frames: Tensor, *, tokens: bool = False) -> FrameFeatures:
+        """As `Encoder.forward` without tokens. Raises `UserError` when features cannot be stored."""
         grid = self.inner.grid(tuple(frames.shape[-2:]))
         pixels = frames.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
@@ -45,7 +45,7 @@ class RememberingEncoder(nn.Module):
         path = self.folder / f"{digest.hexdigest()[:32]}.safetensors"
         held = _read(path)
         if held is None:
-            found = self.inner(frames)
+            found = self.inner(frames, tokens=False)
             held = {"keys": found.keys}
             if found.cls_attention is not None:
                 held["cls_attention"] = found.cls_attention

@@ -16,6 +16,7 @@ _MODEL_FIELDS = {
     "slots": "slots",
     "instances": "instances",
     "marginal": "marginal",
+    "train_encoder": "train_encoder",
 }
 _RUN_FIELDS = (
     "steps",
@@ -25,6 +26,9 @@ _RUN_FIELDS = (
     "device",
     "precision",
     "cache_features",
+    "accumulate",
+    "recompute_encoder",
+    "compile",
     "tensorboard",
 )
 

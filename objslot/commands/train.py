@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,12 @@ class Train(TrainingCommand):
     cache_features: Annotated[
         bool, option("Encode every video once and train on the stored features, without augmentation.")
     ] = False
+    train_encoder: Annotated[bool, option("Train the encoder too, from step 3000.")] = False
+    recompute_encoder: Annotated[
+        bool, option("Save the memory of a trained encoder's activations: compute them twice.")
+    ] = False
+    accumulate: Annotated[int | None, option("Parts a step's batch is cut into, to save memory.", "N", 1)] = None
+    compile: Annotated[bool, option("Compile encoder and model with torch.compile.")] = False
     tensorboard: Annotated[bool, option("Write TensorBoard events as well.")] = False
     resume: Annotated[bool, option("Go on from the newest checkpoint in --out.")] = False
 
@@ -43,6 +50,10 @@ class Train(TrainingCommand):
         # Started by torchrun, one process speaks for all.
         if os.environ.get("RANK", "0") == "0":
             say(f"trained model -> {self.out}")
+        if "RANK" in os.environ:
+            # With all work done, a process of a group sometimes aborts while its libraries are taken down.
+            sys.stderr.flush()
+            os._exit(0)
 
     def _held(self) -> dict | None:
         path = self.out / "config.json"

@@ -63,13 +63,13 @@ class SlotBranch(nn.Module):
         )
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 
-    def forward(self, keys: Tensor, other: Tensor, **slot_options) -> tuple[SemanticSlots, Tensor]:
+    def forward(self, keys: Tensor, correspondence: Tensor, **slot_options) -> tuple[SemanticSlots, Tensor]:
         """Slots of frames with `keys` (B, T, HW, D), and the ratio |E| / |F| of the fusion.
 
-        `other` are the frames they correspond to, from `TemporalFusion.prepare`; `slot_options` go to
+        `correspondence` is theirs with other frames, from `TemporalFusion.correspond`; `slot_options` go to
         SemanticSlotAttention.
         """
-        fused, ratio = self.fusion(self.project(keys), keys, other)
+        fused, ratio = self.fusion(self.project(keys), correspondence)
         return self.slots(fused, **slot_options), ratio
 
 

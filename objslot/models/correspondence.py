@@ -85,15 +85,22 @@ class TemporalFusion(nn.Module):
         image = F.interpolate(image, size=self.grid, mode="bilinear", align_corners=False)
         return image.flatten(2).transpose(1, 2).unflatten(0, leading)
 
-    def forward(self, features: Tensor, keys: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Fused features and the ratio |E| / |F|, a scalar mean over positions, without gradient.
+    def correspond(self, keys: Tensor, other: Tensor) -> Tensor:
+        """C (..., n, positions of training): nothing in it is learned.
 
-        `features` (..., n, width) are what E is added to, `keys` (..., n, D) the same frame's keys, `other`
-        (..., positions of training, D) what `prepare` made of the other frames, averaged.
+        `keys` (..., n, D) are those of a frame, `other` (..., positions of training, D) is what `prepare` made of the
+        other frames, averaged.
         """
         if self.correspondence == "cosine":
             keys = F.normalize(keys, dim=-1) / self.temperature
-        embedding = self.embed(keys @ other.transpose(-2, -1))
+        return keys @ other.transpose(-2, -1)
+
+    def forward(self, features: Tensor, correspondence: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused features and the ratio |E| / |F|, a scalar mean over positions, without gradient.
+
+        `features` (..., n, width) are what E is added to, `correspondence` is what `correspond` made.
+        """
+        embedding = self.embed(correspondence)
         if self.correspondence == "cosine":
             embedding = self.norm(embedding) * self.scale
         with torch.no_grad():

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.models.resnet import ResNet
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ class FrameFeatures(NamedTuple):
     keys: Tensor
     """(B, T, HW, D): keys of the last block, centred; of a ResNet its feature map."""
     tokens: Tensor | None
-    """(B, T, HW, D): output tokens of the encoder, for label propagation only."""
+    """(B, T, HW, D): output tokens of the encoder, for label propagation only; None where left out."""
     cls_attention: Tensor | None
     """(B, T, HW): attention of the last block's class token, mean over heads; None where there is none."""
     grid: tuple[int, int]
@@ -58,6 +59,7 @@ class Encoder(nn.Module):
         self.key_center = key_center
         self.model = model
         self._block_input: Tensor | None = None
+        self._keeps_input = False
         if isinstance(model, ResNet):
             self._shorten_resnet(model)
         else:
@@ -164,10 +166,20 @@ class Encoder(nn.Module):
         size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
         return None if size is None or getattr(self.model, "dynamic_img_size", False) else tuple(size)
 
-    def forward(self, frames: Tensor) -> FrameFeatures:
+    def recompute_activations(self, recompute: bool = True):
+        """While the encoder learns, keep only what enters its blocks and compute the rest again when going back.
+
+        Raises `UserError` for a model that cannot.
+        """
+        if not hasattr(self.model, "set_grad_checkpointing"):
+            raise UserError(f"encoder {self.name}: {type(self.model).__name__} cannot compute its activations again")
+        self.model.set_grad_checkpointing(recompute)
+
+    def forward(self, frames: Tensor, *, tokens: bool = True) -> FrameFeatures:
         """Features of frames (B, T, 3, H, W), floating point, normalised with ImageNet's mean and deviation.
 
-        H and W are multiples of `patch_size`. Raises `UserError` otherwise.
+        H and W are multiples of `patch_size`. Without `tokens` these may be left out, and what only they need is not
+        computed. Raises `UserError` otherwise.
         """
         if frames.ndim != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
             raise UserError(
@@ -178,20 +190,46 @@ class Encoder(nn.Module):
         leading = frames.shape[:2]
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             if isinstance(self.model, ResNet):
-                keys, tokens, cls_attention = self._resnet_features(frames.flatten(0, 1), grid)
+                keys, found, cls_attention = self._resnet_features(frames.flatten(0, 1), grid)
             else:
-                keys, tokens, cls_attention = self._transformer_features(frames.flatten(0, 1), grid)
+                keys, found, cls_attention = self._transformer_features(frames.flatten(0, 1), grid, tokens)
             if self.key_center == "mean":
                 keys = keys - keys.mean(dim=1, keepdim=True)
         return FrameFeatures(
             keys.unflatten(0, leading),
-            tokens.unflatten(0, leading),
+            None if found is None else found.unflatten(0, leading),
             None if cls_attention is None else cls_attention.unflatten(0, leading),
             grid,
         )
 
     def _keep_block_input(self, module, arguments, keywords):
-        self._block_input = arguments[0] if arguments else keywords["x"]
+        # Activations that are computed again pass here once more, when nobody waits for them.
+        if self._keeps_input:
+            self._block_input = arguments[0] if arguments else keywords["x"]
+
+    def _last_input(self, frames: Tensor, tokens: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the attention of the last block sees, and the output tokens where they are wanted or come anyway."""
+        blocks, prefixed = self.model.blocks, getattr(self.model, "num_prefix_tokens", 0) > 0
+        plain = type(self.model) is VisionTransformer and type(blocks[-1]) is Block
+        if not tokens and plain and prefixed and len(blocks) > 1:
+            # The keys need the last block's norm alone: its attention and its MLP are left out.
+            ((patches, prefix),) = self.model.forward_intermediates(
+                frames,
+                indices=[len(blocks) - 2],
+                return_prefix_tokens=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            return blocks[-1].norm1(torch.cat([prefix, patches], dim=1)), None
+        self._keeps_input = True
+        try:
+            output = self.model.forward_features(frames)
+        finally:
+            self._keeps_input = False
+        # The input of the attention, not the output of its qkv: some models use its weight without its call.
+        x, self._block_input = self._block_input, None
+        return x, output
 
     def _resnet_features(self, frames: Tensor, grid: tuple[int, int]):
         features = self.model.forward_features(frames)
@@ -203,13 +241,12 @@ class Encoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)
         return tokens, tokens, None
 
-    def _transformer_features(self, frames: Tensor, grid: tuple[int, int]):
-        tokens = self.model.forward_features(frames)
-        # The input of the attention, not the output of its qkv: some models use its weight without its call.
-        x, self._block_input = self._block_input, None
+    def _transformer_features(self, frames: Tensor, grid: tuple[int, int], tokens: bool):
+        x, output = self._last_input(frames, tokens)
         prefix = int(getattr(self.model, "num_prefix_tokens", 1))
         expected = prefix + grid[0] * grid[1]
-        if x is None or x.ndim != 3 or x.shape[1] != expected or tokens.shape[:2] != x.shape[:2]:
+        output_fits = output is None or (x is not None and output.shape[:2] == x.shape[:2])
+        if x is None or x.ndim != 3 or x.shape[1] != expected or not output_fits:
             raise UserError(
                 f"encoder {self.name}: its last block sees {None if x is None else tuple(x.shape)}, expected "
                 f"{expected} tokens a frame ({prefix} prefix and {grid[0]} x {grid[1]})"
@@ -225,7 +262,7 @@ class Encoder(nn.Module):
         # The key bias adds the same to every logit of a query, so the model itself never sees its effect.
         if self.key_center == "none":
             keys = biased_keys
-        return keys[:, prefix:], tokens[:, prefix:], cls_attention
+        return keys[:, prefix:], None if output is None else output[:, prefix:], cls_attention
 
 
 def _query_key_parameters(attention: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

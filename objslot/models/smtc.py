@@ -69,10 +69,13 @@ class SMTC(nn.Module):
         self.encoder.set_training(train)
 
     def encode(self, frames: Tensor, *, use_teacher: bool = False) -> FrameFeatures:
-        """Features of frames (B, T, 3, H, W), floating point, normalised, H and W multiples of the patch."""
+        """Features of frames (B, T, 3, H, W), floating point, normalised, H and W multiples of the patch.
+
+        Output tokens, which the model has no use for, may be left out.
+        """
         if use_teacher and self.teacher_encoder is not None:
-            return self.teacher_encoder(frames)
-        return self.encoder(frames)
+            return self.teacher_encoder(frames, tokens=False)
+        return self.encoder(frames, tokens=False)
 
     def forward(
         self,
@@ -89,6 +92,7 @@ class SMTC(nn.Module):
         (valid student instances) and fusion_ratio (|E| / |F|). Raises `UserError` for clips that do not fit
         each other, or are too short.
         """
+        same = student is teacher and isinstance(student, FrameFeatures)
         if not isinstance(student, FrameFeatures):
             student = self.encode(student)
         with torch.no_grad():
@@ -107,10 +111,13 @@ class SMTC(nn.Module):
         ).to(device)
         shape = (clips, frames, config.slots, config.instances, self.width)
 
-        found, ratio = _slots(self.student, student, index, random_noise(shape, device, generator))
+        correspondence = _correspond(self.student, student, index)
+        found, ratio = self.student(student.keys, correspondence, noise=random_noise(shape, device, generator))
         objects = self.student.head(found.instance_slots)
         with torch.no_grad():
-            target, _ = _slots(self.teacher, teacher, index, random_noise(shape, device, generator))
+            if not same:
+                correspondence = _correspond(self.teacher, teacher, index)
+            target, _ = self.teacher(teacher.keys, correspondence, noise=random_noise(shape, device, generator))
             target_objects = self.teacher.head(target.instance_slots)
         # The losses are sums over thousands of terms, too fine for half precision.
         with torch.autocast(device.type, enabled=False):
@@ -249,7 +256,7 @@ class SMTC(nn.Module):
             other[:, 0] = branch.fusion.prepare(previous_keys.to(keys.dtype), features.grid)
         slots, _ = branch(
             keys,
-            other,
+            branch.fusion.correspond(keys, other),
             noise=seeded_noise(self.config.slots, instances, self.width, seed).to(keys.device),
             instances=instances,
             iterations=iterations,
@@ -312,9 +319,10 @@ def _check_sizes(config: SMTCConfig, state: dict[str, Tensor], directory: str | 
         )
 
 
-def _slots(branch: SlotBranch, features: FrameFeatures, index: Tensor, noise: Tensor):
-    prepared = branch.fusion.prepare(features.keys, features.grid)
-    return branch(features.keys, gather_frames(prepared, index).mean(dim=2), noise=noise)
+def _correspond(branch: SlotBranch, features: FrameFeatures, index: Tensor) -> Tensor:
+    others = gather_frames(branch.fusion.prepare(features.keys, features.grid), index)
+    others = others.squeeze(2) if others.shape[2] == 1 else others.mean(dim=2)
+    return branch.fusion.correspond(features.keys, others)
 
 
 def _follow(teacher: nn.Module, student: nn.Module, momentum: float):

@@ -15,6 +15,7 @@ from objslot.models import SMTCConfig
 OPERATIONAL = frozenset(
     {
         "device",
+        "recompute_encoder",
         "num_workers",
         "log_every",
         "checkpoint_every",
@@ -95,6 +96,8 @@ class TrainingConfig:
     """Parts a step's batch is cut into, in each process, to save memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the encoder and the matrix products in bfloat16; weights and losses stay in fp32."""
+    recompute_encoder: bool = False
+    """Keep only the inputs of the blocks of an encoder that is trained, and compute the rest again going back."""
     compile: bool = False
     """Compile the encoder and the model with torch.compile."""
     seed: int = 0
@@ -137,6 +140,8 @@ class TrainingConfig:
             raise UserError(f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}")
         if self.cache_features and self.model.train_encoder:
             raise UserError("cache_features: features cannot be stored while the encoder is trained (train_encoder)")
+        if self.recompute_encoder and not self.model.train_encoder:
+            raise UserError("recompute_encoder: nothing is kept of an encoder that is not trained (train_encoder)")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size = {self.batch_size}")
 

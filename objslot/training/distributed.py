@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
@@ -70,10 +71,10 @@ def join(device: str) -> Iterator[World]:
     """The world that torchrun started this process in, or a world of one.
 
     With torchrun every process takes the GPU of its local rank, or the CPU where ``device`` says so or there
-    is none. For torchrun to start a group again (--max-restarts) it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1:
-    the new processes would else look for the old ones at their addresses.
+    is none. A group that torchrun starts again (--max-restarts) on several machines needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun.
 
-    Raises `UserError` when contact with the other processes is lost.
+    Raises `UserError` when contact with the other processes is lost, or that variable is missing.
     """
     cuda = torch.cuda.is_available() and device != "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,7 +88,7 @@ def join(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     began = not distributed.is_initialized()
     if began:
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        distributed.init_process_group("nccl" if cuda else "gloo", **_own_store())
     rank = distributed.get_rank()
     try:
         yield World(rank, size, place)
@@ -101,3 +102,22 @@ def join(device: str) -> Iterator[World]:
     finally:
         if began:
             distributed.destroy_process_group()
+
+
+def _own_store() -> dict[str, Any]:
+    """Arguments of init_process_group that keep a group which torchrun started again apart from the one before.
+
+    torchrun lets both use one store, where the new processes would find the addresses of the old ones.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not restarts or os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
+        return {}
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        # Each machine counts its own restarts, so the count cannot tell the groups apart.
+        raise UserError(
+            "torchrun started the group again on several machines: that needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "in the environment of torchrun"
+        )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    shared = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return {"store": distributed.PrefixStore(f"restart-{restarts}", shared), "rank": rank, "world_size": size}

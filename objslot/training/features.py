@@ -45,7 +45,7 @@ class FrozenEncoder:
     def __call__(self, frames: Tensor) -> FrameFeatures:
         """Features, in float32, of normalised frames (B, T, 3, H, W)."""
         clips = max(1, _CHUNK // frames.shape[1])
-        parts = [self._encode(part.to(self.dtype)) for part in frames.split(clips)]
+        parts = [self._encode(part.to(self.dtype), tokens=False) for part in frames.split(clips)]
         attention = None
         if parts[0].cls_attention is not None:
             attention = torch.cat([part.cls_attention for part in parts]).float()

@@ -32,6 +32,8 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(
             model.parameter_groups(config.lr, config.weight_decay, config.encoder_lr_scale), fused=True
         )
+        if config.recompute_encoder:
+            model.encoder.recompute_activations()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._wrapped: nn.Module | None = None
         self._totals: dict[str, Tensor] = {}

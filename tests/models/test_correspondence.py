@@ -79,7 +79,7 @@ def test_fusion_by_hand(correspondence, grid, count):
     keys = torch.randn(positions, 8, dtype=torch.float64)
     others = torch.randn(count, positions, 8, dtype=torch.float64)
     features = torch.randn(positions, 6, dtype=torch.float64)
-    fused, ratio = fusion(features, keys, fusion.prepare(others, grid).mean(0))
+    fused, ratio = fusion(features, fusion.correspond(keys, fusion.prepare(others, grid).mean(0)))
     expected = by_hand(fusion, keys, others, grid, training_grid)
     torch.testing.assert_close(fused, features + expected)
     torch.testing.assert_close(
@@ -91,6 +91,7 @@ def test_fusion_by_hand(correspondence, grid, count):
 def test_scale_starts_at_one_and_learns():
     fusion = TemporalFusion(6, (2, 2))
     keys = torch.randn(4, 8)
-    fusion(torch.randn(4, 6), keys, fusion.prepare(torch.randn(4, 8), (2, 2)))[0].square().sum().backward()
+    correspondence = fusion.correspond(keys, fusion.prepare(torch.randn(4, 8), (2, 2)))
+    fusion(torch.randn(4, 6), correspondence)[0].square().sum().backward()
     assert fusion.scale == 1
     assert fusion.scale.grad != 0

@@ -65,6 +65,42 @@ def test_keys_and_class_attention_equal_those_by_hand(registers, qk_norm):
         torch.testing.assert_close(features.tokens, tokens)
 
 
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}, {"depth": 1}])
+def test_without_tokens_the_keys_are_the_same_and_less_is_computed(changes):
+    encoder = Encoder(biased(tiny_vit(**changes)))
+    frames = torch.randn(2, 3, 3, 32, 48)
+    calls = []
+    encoder.model.blocks[-1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    lean = encoder(frames, tokens=False)
+    assert len(calls) == (1 if "class_token" in changes or "depth" in changes else 0)
+    whole = encoder(frames)
+    assert torch.equal(lean.keys, whole.keys)
+    assert whole.tokens is not None
+    if whole.cls_attention is not None:
+        assert torch.equal(lean.cls_attention, whole.cls_attention)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_activations_computed_again_give_the_same_gradient_from_less_memory(tokens):
+    model = biased(tiny_vit(depth=6))
+    frames = torch.randn(1, 4, 3, 32, 32)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        encoder = Encoder(copy.deepcopy(model), train=True)
+        encoder.recompute_activations(recompute)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+            keys = encoder(frames, tokens=tokens).keys
+        keys.square().sum().backward()
+        gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+        kept.append(sum(held))
+        assert encoder._block_input is None
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    assert kept[1] < kept[0] / 4
+
+
 def test_key_bias_is_what_was_taken_off():
     model = biased(tiny_vit())
     assert Encoder(model, key_center="none").key_bias is None

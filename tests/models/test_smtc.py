@@ -6,6 +6,7 @@ import torch
 from objslot import objectives
 from objslot.errors import UserError
 from objslot.models import FrameFeatures
+from objslot.models.correspondence import TemporalFusion
 
 TERMS = {"loss", "semantic", "instance", "diversity", "valid_share", "fusion_ratio"}
 
@@ -166,6 +167,19 @@ def test_features_stand_in_for_frames(build, clips):
     found = model(*half, generator=torch.Generator().manual_seed(0))["loss"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_features_that_both_see_correspond_once(build, clips, monkeypatch):
+    model = build(n_other=2)
+    features, calls = model.encode(clips), []
+    correspond = TemporalFusion.correspond
+    monkeypatch.setattr(TemporalFusion, "correspond", lambda *a: calls.append(1) or correspond(*a))
+    losses = []
+    for teacher in (features, features._replace()):
+        losses.append(model(features, teacher, generator=torch.Generator().manual_seed(0))["loss"])
+        losses[-1].backward()
+    assert len(calls) == 1 + 2
+    assert torch.equal(*losses)
 
 
 def test_activation_map_is_that_of_the_keys_with_their_bias(build, clips):

@@ -6,12 +6,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from objslot.errors import UserError
-from objslot.training.distributed import World
+from objslot.training.checkpoint import list_checkpoints
+from objslot.training.distributed import World, _own_store
 from objslot.training.loop import _sample_numbers
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,8 @@ def alone(shared_videos, tmp_path_factory, start):
     return out
 
 
-FIELDS = {"steps": 60, "batch_size": 4, "model": {"valid_similarity": 0.9}, "num_workers": 1}
+# Updates so small that rounding does not grow into another run.
+FIELDS = {"steps": 60, "batch_size": 4, "model": {"valid_similarity": 0.9}, "num_workers": 1, "lr": 1e-3}
 
 
 def assert_same_run(metrics, out, alone):
@@ -41,26 +44,74 @@ def assert_same_run(metrics, out, alone):
 
 def test_two_processes_equal_one(metrics, shared_videos, tmp_path, start, alone):
     out = tmp_path / "two"
-    process = start(shared_videos, out, launcher=TORCHRUN, **FIELDS)
+    process = start(shared_videos, out, launcher=(*TORCHRUN, "2"), **FIELDS)
     assert process.wait(200) == 0, process.stderr.read()
     assert_same_run(metrics, out, alone)
 
 
-def test_a_process_that_dies_stops_the_others_and_one_can_finish(metrics, shared_videos, tmp_path, start, alone):
-    out = tmp_path / "died"
-    process = start(shared_videos, out, launcher=TORCHRUN, **FIELDS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_of_two_processes_is_that_of_one(shared_videos, tmp_path, start, accumulate):
+    fields = {"steps": 1, "batch_size": 4, "model": {"valid_similarity": -1.0}, "accumulate": accumulate}
+    moments = []
+    for name, launcher in (("one", ()), ("two", (*TORCHRUN, "2"))):
+        process = start(shared_videos, tmp_path / name, launcher=launcher, **fields)
+        assert process.wait(200) == 0, process.stderr.read()
+        tensors = load_file(list_checkpoints(tmp_path / name / "checkpoints")[-1].path)
+        # After one step AdamW's first moment is a tenth of the gradient.
+        moments.append({key: value for key, value in tensors.items() if key.endswith("/exp_avg")})
+    assert moments[0].keys() == moments[1].keys()
+    assert len(moments[0]) > 10
+    for key, expected in moments[0].items():
+        error = (moments[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < 2e-5, key
+
+
+def stop_midway(process, out) -> None:
+    """Wait for the third step, then kill the second process of the group."""
     end = time.monotonic() + 200
     while _lines(out) < 3:
         assert time.monotonic() < end, "nothing happened"
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     os.kill(_ranks(process.pid)[-1], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_process_that_dies_stops_the_others_and_another_number_can_finish(
+    metrics, shared_videos, tmp_path, start, alone, processes
+):
+    out = tmp_path / "died"
+    process = start(shared_videos, out, launcher=(*TORCHRUN, "2"), **FIELDS)
+    stop_midway(process, out)
     assert process.wait(200) != 0
     assert "another process is gone" in process.stderr.read()
     assert _lines(out) < 60
-    process = start(shared_videos, out, resume=True, **FIELDS)
+    launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    process = start(shared_videos, out, resume=True, launcher=launcher, **FIELDS)
     assert process.wait(200) == 0, process.stderr.read()
     assert_same_run(metrics, out, alone)
+
+
+def test_torchrun_starts_the_group_again_and_it_goes_on(metrics, shared_videos, tmp_path, start, alone):
+    out = tmp_path / "restarted"
+    launcher = (*TORCHRUN, "2", "--max-restarts", "1")
+    process = start(shared_videos, out, resume=True, launcher=launcher, **FIELDS)
+    stop_midway(process, out)
+    assert process.wait(200) == 0, process.stderr.read()
+    printed = process.stderr.read()
+    assert "another process is gone" in printed
+    assert "60 steps, from step" in printed
+    assert_same_run(metrics, out, alone)
+
+
+def test_a_restart_on_several_machines_says_what_it_needs(monkeypatch):
+    assert _own_store() == {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        _own_store()
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert _own_store() == {}
 
 
 def _lines(out) -> int:

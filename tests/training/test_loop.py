@@ -55,6 +55,7 @@ def test_a_bad_field_is_named(config, field, value):
 def test_fields_that_do_not_go_together(config):
     assert "n_other" in refused(lambda: config(model={"n_other": 3}))
     assert "cache_features" in refused(lambda: config(model={"train_encoder": True}, cache_features=True))
+    assert "recompute_encoder" in refused(lambda: config(recompute_encoder=True))
 
 
 def test_learning_rate_falls_to_a_tenth_along_a_cosine(config):
@@ -100,6 +101,22 @@ def test_the_optimiser_leaves_teacher_and_encoder_alone(shared_videos, tmp_path,
     assert moved
     assert all(name.startswith(("model/student.", "model/teacher.", "model/teacher_updates")) for name in moved)
     assert not any("teacher" in name for name in last if name.startswith("optimizer/"))
+
+
+@pytest.mark.parametrize("fields", [{"accumulate": 2}, {"accumulate": 4}, {"recompute_encoder": True}])
+def test_gradients_of_a_batch_in_parts_or_computed_twice_are_the_same(shared_videos, tmp_path, config, fields):
+    train_encoder = "recompute_encoder" in fields
+    common = {"steps": 1, "batch_size": 4, "model": {"train_encoder": train_encoder}, "unfreeze_at": 0}
+    moments = []
+    for name, changes in (("whole", {}), ("other", fields)):
+        train(config(**common, **changes), shared_videos, tmp_path / name)
+        tensors = load_file(list_checkpoints(tmp_path / name / "checkpoints")[-1].path)
+        # After one step AdamW's first moment is a tenth of the gradient.
+        moments.append({key: value for key, value in tensors.items() if key.endswith("/exp_avg")})
+    assert any("encoder" in key for key in moments[0]) == train_encoder
+    for key, expected in moments[0].items():
+        error = (moments[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < 2e-5, key
 
 
 def test_a_folder_that_holds_something_else_is_refused(shared_videos, tmp_path, config):

@@ -78,12 +78,13 @@ def test_sigterm_saves_and_leaves(metrics, shared_videos, tmp_path, start, whole
     "fields",
     [
         {"model": {"train_encoder": True}, "unfreeze_at": 3},
+        {"model": {"train_encoder": True}, "unfreeze_at": 0, "recompute_encoder": True},
         {"accumulate": 2},
         {"cache_features": True},
         {"precision": "bf16"},
         {"model": {"update": "gru", "marginal": "attention"}},
     ],
-    ids=["encoder unfrozen", "accumulated", "stored features", "bf16", "gru"],
+    ids=["encoder unfrozen", "encoder recomputed", "accumulated", "stored features", "bf16", "gru"],
 )
 def test_every_kind_of_run_resumes_exactly(metrics, shared_videos, tmp_path, config, stopped_train, fields):
     settings = config(checkpoint_every=100, **fields)

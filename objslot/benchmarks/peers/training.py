@@ -73,19 +73,21 @@ def diversity_loss(semantic: Tensor) -> Tensor:
 def slot_stage(core: SemanticSlotAttention, initial: Tensor, x: Tensor, mask: Tensor | None, iterations: int):
     """Slots and last logits of one stage: `initial` (..., G, P, D), x (..., HW, D), mask (..., G, HW) or None."""
     x = core.norm_inputs(x)
-    keys, values = core.key(x).unsqueeze(-3), core.value(x).unsqueeze(-3)
-    slots = initial
+    keys, values = core.key(x), core.value(x)
+    # The slots of all groups are the rows of one matrix.
+    start = slots = initial.expand(*x.shape[:-2], *initial.shape[-3:]).flatten(-3, -2)
     for iteration in range(iterations):
         if iteration == iterations - 1:
-            slots = slots.detach() - initial.detach() + initial
+            slots = slots.detach() - start.detach() + start
         logits = core.query(core.norm_slots(slots)) @ keys.transpose(-1, -2) / math.sqrt(core.width)
+        logits = logits.unflatten(-2, initial.shape[-3:-1])
         attention = logits.softmax(dim=-2) + core.eps
         if mask is not None:
             attention = attention * mask.unsqueeze(-2)
         attention = attention / attention.sum(dim=-1, keepdim=True)
-        slots = slots + attention @ values
+        slots = slots + attention.flatten(-3, -2) @ values
         slots = slots + core.mlp(core.norm_mlp(slots))
-    return slots, logits
+    return slots.unflatten(-2, initial.shape[-3:-1]), logits
 
 
 class AuthorsModel(nn.Module):
