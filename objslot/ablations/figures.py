@@ -100,7 +100,7 @@ def draw_figures(folder: Path, models: Mapping[str, SMTC], sequences: Sequence[A
         ),
         (
             "Figure 4: instance maps, with and without masked aggregation",
-            f"{_CHOICE} Brightness is its share of a position, colour the instance.",
+            f"{_CHOICE} Brightness is its share of a position, full where it is largest; colour is the instance.",
             lambda: _instance_maps(shots, full, models[UNMASKED.name]),
         ),
         (
@@ -175,7 +175,8 @@ def _instance_maps(shots: Sequence[_Shot], masked: SMTC, unmasked: SMTC):
             maps = shot.maps(model)
             semantic, instance = maps.semantic[0, -1], maps.instance[0, -1]
             chosen = shot.object_semantics(semantic, maps.grid)
-            row.append(_mixed(shot.enlarge(semantic[chosen] * instance[chosen], maps.grid)))
+            shares = shot.enlarge(semantic[chosen] * instance[chosen], maps.grid)
+            row.append(_mixed(shares / shares.sum(0).max().clamp_min(1e-12)))
         rows.append(row)
     return columns, rows
 

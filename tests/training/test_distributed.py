@@ -61,9 +61,10 @@ def test_the_gradient_of_two_processes_is_that_of_one(shared_videos, tmp_path, s
         moments.append({key: value for key, value in tensors.items() if key.endswith("/exp_avg")})
     assert moments[0].keys() == moments[1].keys()
     assert len(moments[0]) > 10
+    # The bias of the slots' norm has a gradient of nothing but rounding, so the scale is that of the whole.
+    scale = torch.cat([moment.flatten() for moment in moments[0].values()]).norm()
     for key, expected in moments[0].items():
-        error = (moments[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error < 2e-5, key
+        assert (moments[1][key] - expected).norm() < 1e-5 * scale, key
 
 
 def stop_midway(process, out) -> None:

@@ -114,9 +114,10 @@ def test_gradients_of_a_batch_in_parts_or_computed_twice_are_the_same(shared_vid
         # After one step AdamW's first moment is a tenth of the gradient.
         moments.append({key: value for key, value in tensors.items() if key.endswith("/exp_avg")})
     assert any("encoder" in key for key in moments[0]) == train_encoder
+    # The bias of the slots' norm has a gradient of nothing but rounding, so the scale is that of the whole.
+    scale = torch.cat([moment.flatten() for moment in moments[0].values()]).norm()
     for key, expected in moments[0].items():
-        error = (moments[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error < 2e-5, key
+        assert (moments[1][key] - expected).norm() < 1e-5 * scale, key
 
 
 def test_a_folder_that_holds_something_else_is_refused(shared_videos, tmp_path, config):

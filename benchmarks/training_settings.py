@@ -1,6 +1,6 @@
 """Times a training step beside the authors' formulation of it, in one interleaved run.
 
-    python -m benchmarks.training_step [--threads 2] [--rounds 7] [--encoder vit_small_patch16_224] [--clips 2]
+    python -m benchmarks.training_settings [--threads 2] [--rounds 7] [--encoder vit_small_patch16_224] [--clips 2]
         [--frames 4] [--size 256]
 
 The authors' step takes both views as normalised frames; objslot's takes the uint8 frames and augments them itself
