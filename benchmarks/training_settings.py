@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.peers_training import AuthorsStep, same_losses
+from objslot.benchmarks.peers.training import AuthorsStep
 from objslot.data.augment import Photometric
 from objslot.models import SMTC, SMTCConfig
 from objslot.training import TrainingConfig
@@ -23,6 +23,24 @@ from objslot.training.step import TrainingStep
 from objslot.training.views import Views
 
 GOALS = {"frozen, bf16": 3.0, "frozen, fp32": 2.0, "stored features": 20.0, "encoder trains, bf16": 2.3}
+
+
+def check(model: SMTC, peer: torch.nn.Module, views: tuple, relative: float = 1e-4) -> None:
+    """Compares losses and gradients: times of different computations mean nothing."""
+    found = []
+    for module in (model, peer):
+        terms = module(*views, [torch.Generator().manual_seed(clip) for clip in range(len(views[0]))])
+        terms["loss"].backward()
+        learned = [*module.student.parameters(), *module.encoder.parameters()]
+        gradient = torch.cat([p.grad.flatten() for p in learned if p.grad is not None])
+        found.append(
+            {**{name: terms[name].detach() for name in ("semantic", "instance", "diversity")}, "gradient": gradient}
+        )
+        module.zero_grad()
+    for name, expected in found[1].items():
+        error = ((found[0][name] - expected).norm() / expected.norm()).item()
+        print(f"{name}: differs from the authors' by {error:.1e}")
+        assert error < relative, name
 
 
 def steps_of(arguments) -> dict:
@@ -58,11 +76,11 @@ def steps_of(arguments) -> dict:
         return run
 
     torch.manual_seed(0)
-    model = SMTC(config().model)
+    model = SMTC(config(train_encoder=True).model)
     views = Views(model, config(train_encoder=True))(batch)
-    print("differences from the authors' losses:", same_losses(model, *views))
-    features = Views(model, config())(batch)[0]
+    features = Views(SMTC(config().model), config())(batch)[0]
     authors = AuthorsStep(model)
+    check(model, authors.model, views)
 
     def run_authors():
         authors(*views, [torch.Generator().manual_seed(clip) for clip in range(arguments.clips)])

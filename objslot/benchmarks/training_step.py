@@ -217,9 +217,8 @@ def _part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:
     yield "encoder", lambda: [step.encode(view) for view in step.views], encode_theirs
 
     def fuse_ours(branch, features):
-        prepared = branch.fusion.prepare(features.keys, features.grid)
-        other = gather_frames(prepared, index).mean(dim=2)
-        return branch.fusion(branch.project(features.keys), features.keys, other)[0]
+        other = gather_frames(branch.fusion.prepare(features.keys, features.grid), index).squeeze(2)
+        return branch.fusion(branch.project(features.keys), branch.fusion.correspond(features.keys, other))[0]
 
     def fuse_theirs(branch, features):
         return authors.fuse(branch, features.keys, index)
