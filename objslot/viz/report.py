@@ -14,7 +14,7 @@ from PIL import Image
 
 from objslot.viz.palette import overlay_colors
 
-MAX_FRAMES = 200
+MAX_FRAMES = 150
 MAX_SIDE = 512
 
 LAYER_TITLES = {
@@ -25,7 +25,7 @@ LAYER_TITLES = {
 }
 
 
-def jpeg_uri(picture: np.ndarray, max_side: int = MAX_SIDE, quality: int = 80) -> str:
+def jpeg_uri(picture: np.ndarray, max_side: int = MAX_SIDE, quality: int = 72) -> str:
     """A picture, uint8 (H, W, 3), as a JPEG data URI whose longer side is at most `max_side` pixels."""
     image = Image.fromarray(np.asarray(picture))
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
@@ -57,7 +57,7 @@ class VideoReport:
     """Gathers the frames of one video and writes its page.
 
     At most `MAX_FRAMES` frames, evenly spread, go into the page, at most `MAX_SIDE` pixels long, so that the
-    page of a long video stays a few megabytes.
+    page of a long video stays below some 15 megabytes.
 
     Args:
         name: the title of the page.

@@ -33,7 +33,8 @@ def page(tmp_path_factory):
     report = VideoReport("twelve greys", 12, SIZE, 10)
     index = np.zeros(SIZE, np.uint8)
     index[8:40, 4:28], index[8:40, 36:60], index[44:] = 1, 2, 3
-    semantic = np.full((6, 8), 3, np.uint8)
+    semantic = np.full((6, 8), 2, np.uint8)
+    semantic[0, 0] = 1
     for t in range(12):
         attention = np.zeros((3, 2, 6, 8), np.uint8)
         attention[:, 0] = 255
@@ -130,16 +131,24 @@ def test_only_the_foreground_is_shown_at_first(opened):
 
 def test_maps_and_attention_are_drawn(opened):
     opened.click("[data-layer=semantic]")
-    assert near(pixel(opened, 1, 1), blended(0, 3))
+    assert near(pixel(opened, 1, 1), blended(0, 1)) and near(pixel(opened, 30, 20), blended(0, 2))
     opened.press("m")
     assert near(pixel(opened, 16, 24), 0)
     opened.press(END)
     attended = "#iterations figure:nth-child(3) canvas"
+    assert pixel(opened, 30, 20, attended).max() < 60, "the slot in the middle is chosen at first"
+    opened.run(
+        """const s = document.getElementById("slot"); s.value = 0; s.dispatchEvent(new Event("input"))"""
+    )
     assert near(pixel(opened, 30, 20, attended), 220)
     opened.run(
         """const s = document.getElementById("slot"); s.value = 1; s.dispatchEvent(new Event("input"))"""
     )
     assert pixel(opened, 30, 20, attended).max() < 60
+    opened.run("""const p = document.getElementById("picture"), box = p.getBoundingClientRect();
+        p.dispatchEvent(new MouseEvent("click", {clientX: box.left + 2, clientY: box.top + 2}))""")
+    assert near(pixel(opened, 30, 20, attended), 220)
+    assert "Slot 1 of 2" in opened.run("return document.querySelector('label[for=slot]').textContent")
 
 
 def test_a_phone_shows_the_page_without_sideways_scrolling(page, tmp_path):
