@@ -28,7 +28,7 @@ from objslot.data.sequences import Sequence
 from objslot.errors import UserError
 from objslot.evaluation.frames import Contents, SequenceFrames, assign
 from objslot.evaluation.measures import foreground_ari, mean_best_overlap, statistics
-from objslot.evaluation.workers import side_by_side
+from objslot.evaluation.workers import ITEMS_AT_ONCE, side_by_side
 
 PROTOCOLS = ("A", "B", "C", "semi-supervised")
 _FEW_PIXELS = 1 << 22
@@ -71,7 +71,8 @@ def evaluate_sequence(
     # What a sequence keeps of its annotations as a whole, it finds out here, once for all processes.
     sequence.annotation(positions[0])
     # Where a sequence takes milliseconds, so would starting processes.
-    workers = workers if len(positions) * math.prod(sequence.size) > _FEW_PIXELS else 1
+    few = len(positions) * math.prod(sequence.size) <= _FEW_PIXELS
+    workers = 1 if few else min(workers, math.ceil(len(positions) / ITEMS_AT_ONCE))
     with side_by_side(frames, workers) as run:
         contents = run("contents", positions)
         whole = Contents.of_all(contents)

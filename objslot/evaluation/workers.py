@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
-_CHUNK = 4
+ITEMS_AT_ONCE = 4
+"""Items that go to a process together."""
 
 
 def usable_cores() -> int:
@@ -36,7 +37,8 @@ def side_by_side(target: object, count: int) -> Iterator[Callable[..., list]]:
 
         def run(name: str, items: Iterable, arguments: tuple = ()) -> list:
             items = list(items)
-            chunks = [(name, items[k : k + _CHUNK], arguments) for k in range(0, len(items), _CHUNK)]
+            starts = range(0, len(items), ITEMS_AT_ONCE)
+            chunks = [(name, items[k : k + ITEMS_AT_ONCE], arguments) for k in starts]
             return [result for results in executor.map(_run, chunks) for result in results]
 
         try:
