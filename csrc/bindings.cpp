@@ -53,7 +53,7 @@ struct SinkhornMemory {
 void bind_sinkhorn(py::module_& module) {
   py::class_<SinkhornProblem>(module, "SinkhornProblem")
       .def(py::init([](Address scores, int type, std::array<int64_t, 5> layout, Address a, int64_t a_stride, Address b,
-                       int64_t b_stride, double eps, int64_t n_iters, double tol) {
+                       int64_t b_stride, Address start, int64_t start_stride, double eps, int64_t n_iters, double tol) {
         const auto [batch, n, m, batch_stride, row_stride] = layout;
         if (batch < 0 || n < 1 || m < 1 || n_iters < 1)
           throw std::invalid_argument("SinkhornProblem: sizes out of range");
@@ -62,6 +62,7 @@ void bind_sinkhorn(py::module_& module) {
         objslot::check_span("scores", scores, bytes, {{batch, batch_stride}, {n, row_stride}, {m, 1}});
         objslot::check_span("a", a, arithmetic, {{batch, a_stride}, {n, 1}});
         objslot::check_span("b", b, arithmetic, {{batch, b_stride}, {m, 1}});
+        objslot::check_span("start", start, arithmetic, {{batch, start_stride}, {m, 1}});
         return SinkhornProblem{objslot::elements("scores", scores, bytes, batch > 0),
                                element(type),
                                batch,
@@ -73,6 +74,8 @@ void bind_sinkhorn(py::module_& module) {
                                a_stride,
                                objslot::elements("b", b, arithmetic, false),
                                b_stride,
+                               objslot::elements("start", start, arithmetic, false),
+                               start_stride,
                                eps,
                                n_iters,
                                tol};

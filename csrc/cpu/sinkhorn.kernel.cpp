@@ -69,7 +69,7 @@ OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, int64_t m, T* kernel, T
 
 // First iteration, rows: makes the kernel, x and the column sums of one chunk.
 template <class T>
-OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, int worker) {
+OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, int worker) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   T* sums = s.sums + chunk * columns;
@@ -80,9 +80,15 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
     T* kernel = s.kernel + i * columns;
     for (int64_t r = 0; r < count; ++r) {
       const T* row = matrix.row(i + r, s.log.rows + worker * block * columns);
-      const T total = exponentiate_row(row, matrix.scale, matrix.m, kernel + r * columns, s.offset + i + r);
-      lost |= !(total >= T(0.5));
-      s.x[i + r] = matrix.a_at(i + r) / total;
+      T total = exponentiate_row(row, matrix.scale, matrix.m, kernel + r * columns, s.offset + i + r);
+      const T mass = matrix.a_at(i + r);
+      if (matrix.start) {
+        dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, &total);
+        lost |= !(total > limit) && mass != T(0);
+      } else {
+        lost |= !(total >= T(0.5));
+      }
+      s.x[i + r] = mass == T(0) ? T(0) : mass / total;
     }
     if (count == block)
       add_rows<T, block>(kernel, columns, s.x + i, columns, sums);
@@ -223,7 +229,10 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
   const int64_t chunks = matrix.chunks();
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) { first_chunk(matrix, s, chunk, worker); });
+  if (matrix.start) first_scaling(matrix, s.y);
+  const T first_limit = T(matrix.m) * range_limit<T>;
+  for_chunks(matrix, threads,
+             [&](int64_t chunk, int worker) { first_chunk(matrix, s, chunk, first_limit, worker); });
   if (!set_columns(matrix, s, s.x)) return false;
 
   const auto sweep = [&]() {
@@ -265,7 +274,10 @@ static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keep
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
   const int64_t chunks = matrix.chunks(), columns = matrix.columns;
-  fill(s.log.g, matrix.m, T(0));
+  if (matrix.start)
+    __builtin_memcpy(s.log.g, matrix.start, matrix.m * sizeof(T));
+  else
+    fill(s.log.g, matrix.m, T(0));
   fill(s.log.g + matrix.m, columns - matrix.m, -std::numeric_limits<T>::infinity());
 
   const auto visit_plan = [&](auto&& use) {

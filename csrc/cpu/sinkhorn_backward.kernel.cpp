@@ -19,12 +19,12 @@ static void prepare(const Gradients<T>& g, Work<T>& w, int64_t t) {
   const int64_t n = matrix.n, m = matrix.m, columns = matrix.columns;
   T* q = w.right + 2 * t * columns;
   T* earlier = q + columns;
-  const T *now = g.y(t), *last = g.y(g.count - 1), *before = t ? g.y(t - 1) : nullptr;
+  const T *now = g.y(t), *last = g.y(g.count - 1), *before = t ? g.y(t - 1) : w.first;
   for (int64_t j = 0; j < m; j += width<T>) {
     const int64_t left = m - j;
     const Vec<T> end = load_upto(last + j, left);
     const Vec<T> mass = matrix.b ? load_upto(matrix.b + j, left) : broadcast(matrix.b0);
-    const Vec<T> start = before ? load_upto(before + j, left) : broadcast(T(1));
+    const Vec<T> start = load_upto(before + j, left);
     const Bits<T> masked = end == T(0);
     // The lanes beyond the end are masked too.
     const Vec<T> share = none_where<T>(masked, load(w.grad_g + j) / mass);
@@ -126,14 +126,15 @@ OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient,
   }
 }
 
-// A masked column has no plan, but its scores counted when the rows were first set, with y = 1.
+// A masked column has no plan, but its scores counted when the rows were first set, with the first y.
 template <class T>
-OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, T factor, const T* holes,
-                               T* out) {
+OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, T factor, const T* first,
+                               const T* holes, T* out) {
   for (int64_t j = 0; j < matrix.m; j += width<T>) {
     const Vec<T> scores = load_upto(row + j, matrix.m - j);
     const Vec<T> value =
-        factor * matrix.inverse_eps * exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
+        factor * matrix.inverse_eps * load(first + j) *
+        exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
     store(out + j, load(holes + j) == T(0) ? load(out + j) : value);
   }
 }
@@ -181,7 +182,7 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
         const int64_t offset = (g.index * matrix.n + i + r) * m;
         if (holes)
           fill_holes(matrix.row(i + r, buffer + block * columns), matrix, g.offset()[i + r],
-                     -w.inverse[i + r] * g.x(0)[i + r], w.holes, out[r]);
+                     -w.inverse[i + r] * g.x(0)[i + r], w.first, w.holes, out[r]);
         if constexpr (sizeof(T) == 4)
           if (g.half()) {
             write_half_row(out[r], g.out.grad_scores, matrix.element, offset, m);
@@ -200,7 +201,7 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns;
   if (g.logarithms) return false;
-  const T moved = furthest_move(g);
+  const T moved = furthest_move(g, w.first);
   if (!(moved <= most_moved<T>)) return false;
   start(g, w);
   multiply(g, w, plan, gradient, threads);
@@ -243,6 +244,12 @@ static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t 
   Work<T> w = lay_out(arena, matrix, p.n_iters, threads);
   const int64_t count = out.history.count[index];
   const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0};
+  if (g.logarithms && matrix.start)
+    __builtin_memcpy(w.first, matrix.start, p.m * sizeof(T));
+  else if (g.logarithms)
+    fill(w.first, p.m, T(0));
+  else
+    first_scaling(matrix, w.first);
   Rows<T> plan{w.plan, matrix.columns}, gradient{w.gradient, matrix.columns};
   if (out.plan && !g.half()) plan = {static_cast<const T*>(out.plan) + index * p.n * p.m, p.m};
   if (!out.grad_plan)

@@ -43,6 +43,7 @@ struct Matrix {
   T inverse_eps;
   const T* a;  // null: a0 each
   const T* b;
+  const T* start;
   T a0, b0;
 
   OBJSLOT_INLINE_MEMBER const T* row(int64_t i, T* buffer) const {
@@ -65,6 +66,7 @@ static Matrix<T> element_of(const SinkhornProblem& p, int64_t index) {
           T(1 / p.eps),
           p.a ? static_cast<const T*>(p.a) + index * p.a_stride : nullptr,
           p.b ? static_cast<const T*>(p.b) + index * p.b_stride : nullptr,
+          p.start ? static_cast<const T*>(p.start) + index * p.start_stride : nullptr,
           T(1) / T(p.n),
           T(1) / T(p.m)};
 }
@@ -183,6 +185,24 @@ OBJSLOT_INLINE void copy_row(T* target, const T* row, int64_t count, bool stream
     for (; j + width<T> <= count; j += width<T>) store(target + j, load(row + j));
   }
   if (j < count) store_first(target + j, load_first(row + j, count - j), count - j);
+}
+
+// The first y, as a scaling with the largest at 1 and zero in the padding: a factor common to all columns
+// only changes x.
+template <class T>
+OBJSLOT_INLINE void first_scaling(const Matrix<T>& matrix, T* y) {
+  if (!matrix.start) {
+    fill(y, matrix.m, T(1));
+    fill(y + matrix.m, matrix.columns - matrix.m, T(0));
+    return;
+  }
+  const T top = largest(matrix.start, matrix.m);
+  for (int64_t j = 0; j < matrix.columns; j += width<T>) {
+    const int64_t left = matrix.m - j;
+    Vec<T> value = exp2<T>((load_upto(matrix.start + j, left) - top) * log2_e<T>);
+    if (left < width<T>) value = keep_first<T>(value, left);
+    store(y + j, value);
+  }
 }
 
 // The logarithm of a scaling, and of its offset in powers of two, as a natural logarithm.

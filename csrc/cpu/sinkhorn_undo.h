@@ -54,6 +54,7 @@ struct Work {
   T* sums;              // (chunks, columns)
   T* scaled_g;          // (columns)
   T* earlier_g;         // (columns)
+  T* first;             // (columns): the y that the iteration started from, or its logarithm
   T* rows;              // (threads, block + 1, columns)
   unsigned char* gaps;  // (chunks)
 };
@@ -76,6 +77,7 @@ static Work<T> lay_out(Arena& arena, const Matrix<T>& matrix, int64_t iterations
   w.sums = arena.take<T>(chunks * columns);
   w.scaled_g = arena.take<T>(columns);
   w.earlier_g = arena.take<T>(columns);
+  w.first = arena.take<T>(columns);
   w.rows = arena.take<T>(threads * (block + 1) * columns);
   w.gaps = arena.take<unsigned char>(chunks);
   return w;
@@ -91,13 +93,12 @@ constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
 // The largest ratio of a scaling to its last value, as a power of two; NaN or infinity when unusable.
 template <class T>
-static T furthest_move(const Gradients<T>& g) {
+static T furthest_move(const Gradients<T>& g, const T* first) {
   const auto scan = [](const T* now, const T* last, int64_t size, T most) {
     Vec<T> top = broadcast(most), sum{};
     for (int64_t j = 0; j < size; j += width<T>) {
       const Vec<T> end = load_upto(last + j, size - j);
-      const Vec<T> start = now ? load_upto(now + j, size - j) : broadcast(T(1));
-      const Vec<T> moved = none_where<T>(end == T(0), start / end);
+      const Vec<T> moved = none_where<T>(end == T(0), load_upto(now + j, size - j) / end);
       top = larger(moved, top);
       sum += moved;
     }
@@ -106,7 +107,7 @@ static T furthest_move(const Gradients<T>& g) {
     return total - total == T(0) ? largest_lane<T>(top) : total - total;
   };
   const int64_t last = g.count - 1;
-  T most_x = 1, most_y = scan(nullptr, g.y(last), g.p.m, T(1));
+  T most_x = 1, most_y = scan(first, g.y(last), g.p.m, T(1));
   for (int64_t t = 0; t < last; ++t) {
     most_x = scan(g.x(t), g.x(last), g.p.n, most_x);
     most_y = scan(g.y(t), g.y(last), g.p.m, most_y);
@@ -255,7 +256,7 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
   const auto columns_of = [&](int64_t t, T* target) {
     fill(target, columns, nothing);
     if (t < 0)
-      fill(target, m, g.logarithms ? T(0) : T(1));
+      __builtin_memcpy(target, w.first, m * sizeof(T));
     else
       __builtin_memcpy(target, g.y(t), m * sizeof(T));
   };

@@ -48,10 +48,10 @@ def plain(scores, a, b, eps, n_iters):
     return (logits + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
 
 
-def oracle(scores, a, b, gradient, eps, n_iters):
+def oracle(scores, a, b, start, gradient, eps, n_iters):
     """Plan and gradients for scores, a and b of the reference in float64."""
     leaves = [tensor.double().requires_grad_() for tensor in (scores, a, b)]
-    plan, _ = reference.sinkhorn(*leaves, eps=eps, n_iters=n_iters)
+    plan, _ = reference.sinkhorn(*leaves, start, eps=eps, n_iters=n_iters)
     return plan.detach(), *torch.autograd.grad(plan, leaves, gradient.double())
 
 
@@ -60,7 +60,7 @@ def guarded(scores, a, b, eps, n_iters):
     return reference.sinkhorn(scores, a, b, eps=eps, n_iters=n_iters)[0]
 
 
-def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2):
+def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2, start=None):
     """Plan and gradients within `factor` times the error that plain PyTorch makes in this dtype.
 
     Where that happens to be nothing: within the rounding of the result and a few roundings of the exponents.
@@ -69,10 +69,11 @@ def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2):
     scores = scores.to(dtype)
     a, b = a.to(compute_dtype(dtype)), b.to(compute_dtype(dtype))
     gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    wanted = oracle(scores, a, b, gradient, eps, n_iters)
+    start = None if start is None else start.to(compute_dtype(dtype))
+    wanted = oracle(scores, a, b, start, gradient, eps, n_iters)
 
     leaves = [tensor.clone().requires_grad_() for tensor in (scores, a, b)]
-    plan = sinkhorn(*leaves, eps=eps, n_iters=n_iters, backend=backend)
+    plan = sinkhorn(*leaves, start=start, eps=eps, n_iters=n_iters, backend=backend)
     found = plan, *torch.autograd.grad(plan, leaves, gradient)
     loop = [tensor.to(compute_dtype(dtype)).requires_grad_() for tensor in (scores, a, b)]
     own = plain(*loop, eps, n_iters).to(dtype)
@@ -329,6 +330,62 @@ def test_each_element_stops_by_itself(backend, dtype, eps):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-3, 0.05])
+def test_a_start_continues_an_iteration(backend, dtype, eps):
+    scores = cosines(2, 21, 34).to(dtype)
+    a = masses(2, 21).to(dtype)
+    _, g = sinkhorn_potentials(scores, a, eps=eps, n_iters=3, backend=backend)
+    wanted = sinkhorn(scores.double(), a.double(), eps=eps, n_iters=5, backend="reference")
+    near = sinkhorn(scores.double(), a.double(), eps=eps, n_iters=4, backend="reference")
+    found = sinkhorn(scores, a, start=g, eps=eps, n_iters=2, backend=backend)
+    precision = torch.finfo(compute_dtype(dtype)).eps / eps * 16 + 2 * torch.finfo(dtype).eps
+    assert distance(found, wanted) <= precision
+    assert distance(near, wanted) > precision, "the case must tell one iteration from the next"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("eps", [1e-3, 0.05])
+@pytest.mark.parametrize("n_iters", [1, 3])
+def test_gradients_from_a_start(backend, dtype, eps, n_iters):
+    a, b, start = masses(2, 13), masses(2, 18, seed=3), 3 * masses(18, seed=5).log()
+    a[0, 2] = b[1, 17] = 0
+
+    def from_start(scores, a, b, eps, n_iters):
+        return reference.sinkhorn(scores, a, b, start.to(scores.dtype), eps=eps, n_iters=n_iters)[0]
+
+    check(backend, dtype, cosines(2, 13, 18), a, b, eps, n_iters, from_start, start=start)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_is_a_constant(backend):
+    start = torch.zeros(7, requires_grad=True)
+    assert not sinkhorn(cosines(6, 7).float(), start=start, backend=backend).requires_grad
+    plan = sinkhorn(cosines(6, 7).float().requires_grad_(), start=start, backend=backend)
+    assert torch.autograd.grad(plan.sum(), start, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_of_minus_infinity_leaves_columns_out_of_the_first_rows(backend):
+    scores, start = cosines(2, 6, 7).float(), torch.zeros(7)
+    start[2] = float("-inf")
+    found = sinkhorn(scores, start=start, n_iters=2, backend=backend)
+    wanted, _ = reference.sinkhorn(scores.double(), None, None, start, n_iters=2)
+    assert distance(found, wanted) <= 1e-6
+    assert found[..., 2].gt(0).any(), "it is set with the other columns"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_good_start_needs_one_iteration(backend):
+    scores = cosines(3, 25, 20)
+    _, g = sinkhorn_potentials(scores, eps=0.1, n_iters=500, backend=backend)
+    plan, error = sinkhorn(scores, start=g, eps=0.1, n_iters=1, return_error=True, backend=backend)
+    assert error.max() < 1e-9
+    torch.testing.assert_close(plan, sinkhorn(scores, eps=0.1, n_iters=500, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     leaves = [cosines(2, 4, 5).requires_grad_(), masses(2, 4).requires_grad_(), masses(2, 5).requires_grad_()]
     assert torch.autograd.gradcheck(lambda *t: sinkhorn(*t, eps=0.3, backend=backend), leaves)
@@ -341,7 +398,7 @@ def test_gradcheck(backend):
 def test_opcheck(backend, tol, store_plan):
     leaves = [cosines(2, 4, 5).requires_grad_(), masses(2, 4).requires_grad_(), masses(2, 5).requires_grad_()]
     torch.library.opcheck(
-        torch.ops.objslot.sinkhorn, (*leaves, 0.1, 3, tol, True, store_plan, tol is not None, backend)
+        torch.ops.objslot.sinkhorn, (*leaves, None, 0.1, 3, tol, True, store_plan, tol is not None, backend)
     )
 
 
@@ -384,6 +441,9 @@ def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch):
         (dict(a=torch.ones(2, 4)), ValueError, "a: expected shape"),
         (dict(b=torch.ones(3).double()), TypeError, "b: expected float32"),
         (dict(a=torch.tensor([1.0, -0.5])), ValueError, "a: expected no negative entry, got -0.5"),
+        (dict(start=[0.0, 0.0, 0.0]), TypeError, "start: expected a tensor"),
+        (dict(start=torch.ones(2)), ValueError, "start: expected shape"),
+        (dict(start=torch.ones(3).double()), TypeError, "start: expected float32"),
         (dict(eps=0), ValueError, "eps: expected a finite number above 0"),
         (dict(eps=float("nan")), ValueError, "eps: expected a finite number above 0"),
         (dict(n_iters=0), ValueError, "n_iters: expected at least 1"),

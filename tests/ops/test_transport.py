@@ -5,6 +5,7 @@ import torch
 
 from objslot.ops import _backends
 from objslot.ops._arithmetic import compute_dtype
+from objslot.ops.sinkhorn import sinkhorn_potentials
 from objslot.ops.transport import alignment, reference, sinkhorn_transport
 
 BACKENDS = [name for name in ("reference", "cpu") if name in _backends.registered()["sinkhorn_transport"]]
@@ -33,6 +34,10 @@ def run(function, leaves, **options):
     return out.detach(), *torch.autograd.grad(out, leaves, gradient)
 
 
+def exactly(*leaves, **options):
+    return reference.sinkhorn_transport(*leaves, **options)[0]
+
+
 def allowed(own, dtype, exponent):
     """Twice the error of plain PyTorch, or some roundings of exponents of this size and of the result.
 
@@ -56,8 +61,8 @@ def test_values_and_gradients(backend, dtype, n, m, d, c, similarity):
     leaves = problem(dtype, n, m, d, c)
     eps = 0.1 if similarity == "cosine" else 0.4 * d
     options = dict(eps=eps, similarity=similarity)
-    wanted = run(reference.sinkhorn_transport, [leaf.double() for leaf in leaves], **options)
-    plain = run(reference.sinkhorn_transport, leaves, **options)
+    wanted = run(exactly, [leaf.double() for leaf in leaves], **options)
+    plain = run(exactly, leaves, **options)
     found = run(sinkhorn_transport, leaves, backend=backend, **options)
     for value, own, exact in zip(found, plain, wanted, strict=True):
         assert value.isfinite().all()
@@ -70,8 +75,8 @@ def test_values_and_gradients(backend, dtype, n, m, d, c, similarity):
 @pytest.mark.parametrize(("eps", "n_iters"), [(1e-3, 3), (1e-3, 30), (10.0, 1)])
 def test_extreme_eps(backend, dtype, eps, n_iters):
     leaves = problem(dtype, 40, 30, 8, 3)
-    wanted = run(reference.sinkhorn_transport, [leaf.double() for leaf in leaves], eps=eps, n_iters=n_iters)
-    plain = run(reference.sinkhorn_transport, leaves, eps=eps, n_iters=n_iters)
+    wanted = run(exactly, [leaf.double() for leaf in leaves], eps=eps, n_iters=n_iters)
+    plain = run(exactly, leaves, eps=eps, n_iters=n_iters)
     found = run(sinkhorn_transport, leaves, eps=eps, n_iters=n_iters, backend=backend)
     for value, own, exact in zip(found, plain, wanted, strict=True):
         assert value.isfinite().all()
@@ -84,11 +89,29 @@ def test_zero_tokens_and_zero_masses_have_finite_gradients(backend):
     leaves[0][0, 2] = leaves[1][1, 3] = 0
     leaves[3][0, 1] = leaves[4][1, 0] = 0
     found = run(sinkhorn_transport, leaves, backend=backend)
-    wanted = run(reference.sinkhorn_transport, leaves)
+    wanted = run(exactly, leaves)
     assert found[0][0, 1].eq(0).all()
     for value, exact in zip(found, wanted, strict=True):
         assert value.isfinite().all()
         torch.testing.assert_close(value, exact, rtol=1e-8, atol=1e-10 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_and_a_tolerance_with_the_error_reached(backend):
+    x, y, values, a, b = problem(torch.float64, 30, 26, 5, 3, batch=(3,))
+    scores = reference.similarity_scores(x, y, "cosine")
+    _, g = sinkhorn_potentials(scores, a, b, eps=0.2, n_iters=2)
+    leaves = [leaf.requires_grad_() for leaf in (x, y, values, a, b)]
+    options = dict(start=g, eps=0.2, n_iters=100, tol=1e-6)
+    moved, error = sinkhorn_transport(*leaves, return_error=True, backend=backend, **options)
+    exact, exact_error = reference.sinkhorn_transport(*leaves, **options)
+    assert error.max() <= 1e-6
+    assert exact_error.min() > 0, "the case must have something to report"
+    torch.testing.assert_close(error, exact_error, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(moved, exact, rtol=1e-9, atol=1e-12)
+    gradient = tokens(*moved.shape, seed=7)
+    found, wanted = (torch.autograd.grad(out, leaves, gradient) for out in (moved, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +166,7 @@ def test_gradcheck(backend, similarity):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     leaves = [leaf.requires_grad_() for leaf in problem(torch.float32, 6, 5, 4, 3)]
-    torch.library.opcheck(torch.ops.objslot.sinkhorn_transport, (*leaves, 0.1, 3, "cosine", backend))
+    torch.library.opcheck(torch.ops.objslot.sinkhorn_transport, (*leaves, None, 0.1, 3, 1e-3, "cosine", True, backend))
     clip = [tokens(2, 3, 5, 4).float(), tokens(2, 3, 5, 2).float(), masses(2, 3, 5).float()]
     torch.library.opcheck(torch.ops.objslot.alignment, (*clip, 0.1, 3, "cosine", backend))
 
@@ -197,6 +220,8 @@ def test_alignment_is_differentiable(backend):
         (dict(b=-torch.ones(3)), ValueError, "b: expected no negative entry"),
         (dict(eps=-1), ValueError, "eps: expected a finite number above 0"),
         (dict(n_iters=0), ValueError, "n_iters: expected at least 1"),
+        (dict(tol=0.0), ValueError, "tol: expected a finite number above 0"),
+        (dict(start=torch.ones(2)), ValueError, "start: expected shape"),
         (dict(similarity="euclidean"), ValueError, "similarity: expected one of"),
     ],
 )

@@ -20,6 +20,8 @@ struct SinkhornProblem {
   int64_t a_stride;
   const void* b;  // (batch, m), null for 1 / m each
   int64_t b_stride;
+  const void* start;  // (batch, m) natural logarithms of the first y, null for y = 1
+  int64_t start_stride;
   double eps;
   int64_t n_iters;
   double tol;  // negative: none

@@ -15,6 +15,7 @@ def sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    start: Tensor | None = None,
     eps: float = 0.05,
     n_iters: int = 3,
     tol: float | None = None,
@@ -35,6 +36,10 @@ def sinkhorn(
             are the gradients of its scores and its mass.
         b: (..., m) mass of every column, likewise. Default: 1 / m each. The plan of a column of mass zero is
             zero, but as y starts from 1 everywhere its scores count when the rows are set for the first time.
+        start: (..., m) potentials g of the columns to start from instead of y = 1, such as those that
+            `sinkhorn_potentials` found for a problem like this one; natural logarithms, finite or -inf, in the
+            dtype of the scores or of the arithmetic; leading dimensions broadcast. No f is needed: the rows
+            are set first. A constant for the gradient, which is that of the iterations made from there.
         eps: strength of the entropy, in the unit of the scores.
         n_iters: iterations; with `tol` the most that are made.
         tol: an element of the batch stops as soon as its marginal error is not above `tol`.
@@ -48,9 +53,9 @@ def sinkhorn(
     Raises:
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
-    a, b = _checked(scores, a, b, eps, n_iters, tol)
+    a, b, start = _checked(scores, a, b, start, eps, n_iters, tol)
     plan, _, _, error, *_ = torch.ops.objslot.sinkhorn(
-        scores, a, b, eps, n_iters, tol, _needs_gradient(scores, a, b), True, return_error, backend
+        scores, a, b, start, eps, n_iters, tol, _needs_gradient(scores, a, b), True, return_error, backend
     )
     return (plan, error) if return_error else plan
 
@@ -60,6 +65,7 @@ def sinkhorn_potentials(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    start: Tensor | None = None,
     eps: float = 0.05,
     n_iters: int = 3,
     tol: float | None = None,
@@ -74,9 +80,9 @@ def sinkhorn_potentials(
         f (..., n) and g (..., m), natural logarithms without a unit, float32 for the half types, otherwise in
         the dtype of the scores; -inf where the mass is zero. With `return_error` also the error (...).
     """
-    a, b = _checked(scores, a, b, eps, n_iters, tol)
+    a, b, start = _checked(scores, a, b, start, eps, n_iters, tol)
     _, f, g, error, *_ = torch.ops.objslot.sinkhorn(
-        scores, a, b, eps, n_iters, tol, _needs_gradient(scores, a, b), False, return_error, backend
+        scores, a, b, start, eps, n_iters, tol, _needs_gradient(scores, a, b), False, return_error, backend
     )
     return (f, g, error) if return_error else (f, g)
 
@@ -86,18 +92,19 @@ def facts(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    start: Tensor | None = None,
     eps: float = 0.05,
     n_iters: int = 3,
     tol: float | None = None,
     return_error: bool = False,
 ) -> dict:
     """What the choice of a backend looks at."""
-    _checked(scores, a, b, eps, n_iters, tol)
+    _checked(scores, a, b, start, eps, n_iters, tol)
     return autograd.facts(scores, n_iters, tol)
 
 
-def _checked(scores, a, b, eps, n_iters, tol):
-    """The marginals, broadcast to the batch and in the arithmetic dtype."""
+def _checked(scores, a, b, start, eps, n_iters, tol):
+    """The marginals and the start, broadcast to the batch and in the arithmetic dtype."""
     _checks.tensor("scores", scores, "(..., n, m)")
     _checks.floating("scores", scores)
     if 0 in scores.shape[-2:]:
@@ -107,11 +114,16 @@ def _checked(scores, a, b, eps, n_iters, tol):
     if tol is not None:
         _checks.positive("tol", tol)
     *batch, n, m = scores.shape
-    return marginal("a", a, scores, batch, n, "n"), marginal("b", b, scores, batch, m, "m")
+    return (
+        marginal("a", a, scores, batch, n, "n"),
+        marginal("b", b, scores, batch, m, "m"),
+        first_potentials(start, scores, batch, m),
+    )
 
 
 def marginal(name: str, mass: Tensor | None, other: Tensor, batch: list[int], size: int, letter: str):
-    """`mass` checked against the sizes and the dtype of `other`, broadcast and in the arithmetic dtype."""
+    """One number a row or column, checked against the sizes and the dtype of `other`, broadcast and in the
+    arithmetic dtype."""
     if mass is None:
         return None
     layout = f"(..., {letter})"
@@ -123,6 +135,12 @@ def marginal(name: str, mass: Tensor | None, other: Tensor, batch: list[int], si
         raise ValueError(f"{name}: expected device {other.device}, that of the scores, got {mass.device}")
     _checks.expandable(name, mass, [*batch, size], layout)
     return mass.to(dtype).expand(*batch, size)
+
+
+def first_potentials(start: Tensor | None, other: Tensor, batch: list[int], m: int) -> Tensor | None:
+    """`start` checked and expanded like a marginal, without its history: it is a constant."""
+    start = marginal("start", start, other, batch, m, "m")
+    return None if start is None else start.detach()
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -13,14 +13,14 @@ _library = torch.library.Library("objslot", "FRAGMENT")
 # count, in a form that belongs to the backend. A result that is not asked for is empty; with store_plan f and g
 # are, and without it the plan.
 _library.define(
-    "sinkhorn(Tensor scores, Tensor? a, Tensor? b, float eps, int n_iters, float? tol, bool history, "
-    "bool store_plan, bool return_error, str? backend) "
+    "sinkhorn(Tensor scores, Tensor? a, Tensor? b, Tensor? start, float eps, int n_iters, float? tol, "
+    "bool history, bool store_plan, bool return_error, str? backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sinkhorn_backward(Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, Tensor scores, Tensor? a, "
-    "Tensor? b, Tensor plan, Tensor history_f, Tensor history_g, Tensor count, float eps, int n_iters, "
-    "float? tol, str? backend) -> (Tensor, Tensor, Tensor)"
+    "Tensor? b, Tensor? start, Tensor plan, Tensor history_f, Tensor history_g, Tensor count, float eps, "
+    "int n_iters, float? tol, str? backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,8 +52,8 @@ class _Reference:
     """The reference behind the interface that the kernels share; its backward starts anew from the scores."""
 
     @staticmethod
-    def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error):
-        found = reference.scalings(scores, a, b, eps=eps, n_iters=n_iters, tol=tol)
+    def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error):
+        found = reference.scalings(scores, a, b, start, eps=eps, n_iters=n_iters, tol=tol)
         f, g = found.f[-1].clone(), found.g[-1].clone()
         return {
             "plan": reference.plan(scores, f, g, eps=eps) if store_plan else None,
@@ -66,11 +66,13 @@ class _Reference:
         }
 
     @staticmethod
-    def backward(grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol):
-        return differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iters, tol)
+    def backward(
+        grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol
+    ):
+        return differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, start, eps, n_iters, tol)
 
 
-def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iters, tol):
+def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, start, eps, n_iters, tol):
     """Gradients of scores, a and b by autograd through the reference; differentiable again in grad mode."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -79,7 +81,7 @@ def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iter
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
         leaves = [None if t is None else t.view_as(t) if t.requires_grad else t.requires_grad_() for t in inputs]
-        found = reference.scalings(*leaves, eps=eps, n_iters=n_iters, tol=tol)
+        found = reference.scalings(*leaves, start, eps=eps, n_iters=n_iters, tol=tol)
         outputs, gradients = [], []
         if grad_plan is not None:
             outputs.append(reference.plan(leaves[0], found.f[-1], found.g[-1], eps=eps))
@@ -93,13 +95,15 @@ def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, eps, n_iter
     return tuple(None if t is None else next(found_gradients) for t in leaves)
 
 
-def _sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, backend):
+def _sinkhorn(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend):
     # Here and not in the public function: this reads values, which torch.compile cannot trace.
     for name, mass in (("a", a), ("b", b)):
         if mass is not None and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()):
             _checks.non_negative(name, mass)
     name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
-    found = _implementation(name).forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error)
+    found = _implementation(name).forward(
+        scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error
+    )
     dtypes = _dtypes(scores)
     return tuple(
         scores.new_empty(0, dtype=dtypes[name]) if found[name] is None else found[name].contiguous() for name in dtypes
@@ -114,17 +118,17 @@ def _dtypes(scores):
 
 
 def _sinkhorn_backward(
-    grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol, backend
+    grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol, backend
 ):
     name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
     grads = _implementation(name).backward(
-        grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol
+        grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol
     )
     like = (scores, history_f, history_f)
     return tuple(t.new_empty(0) if grad is None else grad.contiguous() for t, grad in zip(like, grads, strict=True))
 
 
-def _fake_sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, backend):
+def _fake_sinkhorn(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend):
     *batch, n, m = scores.shape
     shapes = {
         "plan": (*batch, n, m) if store_plan else 0,
@@ -139,7 +143,7 @@ def _fake_sinkhorn(scores, a, b, eps, n_iters, tol, history, store_plan, return_
 
 
 def _fake_backward(
-    grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol, backend
+    grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol, backend
 ):
     return (
         scores.new_empty(scores.shape),
@@ -149,9 +153,9 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    scores, a, b, eps, n_iters, tol, history, store_plan, _, backend = inputs
+    scores, a, b, start, eps, n_iters, tol, history, store_plan, _, backend = inputs
     plan, _, _, error, *iterations = output
-    ctx.save_for_backward(scores, a, b, plan, *iterations)
+    ctx.save_for_backward(scores, a, b, start, plan, *iterations)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
     backend = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
     ctx.settings = eps, n_iters, tol
@@ -161,8 +165,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_plan, grad_f, grad_g, *_):
-    scores, a, b, plan, *iterations = ctx.saved_tensors
-    nothing = (None,) * 7
+    scores, a, b, start, plan, *iterations = ctx.saved_tensors
+    nothing = (None,) * 8
     if ctx.store_plan:
         grad_f = grad_g = None
     else:
@@ -171,10 +175,12 @@ def _backward(ctx, grad_plan, grad_f, grad_g, *_):
         return (None, None, None, *nothing)
     grads = (grad_plan, grad_f, grad_g)
     if torch.is_grad_enabled():
-        return (*differentiable_backward(*grads, scores, a, b, *ctx.settings), *nothing)
+        return (*differentiable_backward(*grads, scores, a, b, start, *ctx.settings), *nothing)
     if not ctx.history:
         raise RuntimeError("objslot::sinkhorn was called with history=False, so it has no gradient")
-    found = torch.ops.objslot.sinkhorn_backward(*grads, scores, a, b, plan, *iterations, *ctx.settings, ctx.backend)
+    found = torch.ops.objslot.sinkhorn_backward(
+        *grads, scores, a, b, start, plan, *iterations, *ctx.settings, ctx.backend
+    )
     return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 

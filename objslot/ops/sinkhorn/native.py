@@ -11,11 +11,11 @@ from objslot.ops._arithmetic import compute_dtype
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
-def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, plan=None):
+def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, plan=None):
     """The results of the op by name; None for what is not asked for. `plan` is memory to write the plan to."""
     *batch, n, m = scores.shape
     dtype = compute_dtype(scores.dtype)
-    scores, a, b = _rows(scores), _rows(a, 1), _rows(b, 1)
+    scores, a, b, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     found = {
         "plan": torch.empty((*batch, n, m), dtype=scores.dtype) if store_plan and plan is None else plan,
         "f": None if store_plan else torch.empty((*batch, n), dtype=dtype),
@@ -26,22 +26,22 @@ def forward(scores, a, b, eps, n_iters, tol, history, store_plan, return_error, 
         "count": torch.empty(batch, dtype=torch.int64) if history else None,
     }
     _native.load().sinkhorn_forward(
-        _problem(scores, a, b, eps, n_iters, tol), *map(_address, found.values()), torch.get_num_threads()
+        _problem(scores, a, b, start, eps, n_iters, tol), *map(_address, found.values()), torch.get_num_threads()
     )
     return found
 
 
-def backward(grad_plan, grad_f, grad_g, scores, a, b, plan, history_f, history_g, count, eps, n_iters, tol):
+def backward(grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol):
     """Gradients of scores, a and b; None for a marginal that was not given."""
     shape = scores.shape
-    scores, a_rows, b_rows = _rows(scores), _rows(a, 1), _rows(b, 1)
+    scores, a_rows, b_rows, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     grad_plan = None if grad_plan is None else _rows(grad_plan)
     grad_f, grad_g = (None if t is None else t.contiguous() for t in (grad_f, grad_g))
     grad_scores = torch.empty(shape, dtype=scores.dtype)
     grad_a = None if a is None else torch.empty(a.shape, dtype=a.dtype)
     grad_b = None if b is None else torch.empty(b.shape, dtype=b.dtype)
     _native.load().sinkhorn_backward(
-        _problem(scores, a_rows, b_rows, eps, n_iters, tol),
+        _problem(scores, a_rows, b_rows, start, eps, n_iters, tol),
         _address(grad_plan),
         *((0, 0) if grad_plan is None else grad_plan.stride()[:2]),
         *map(_address, (grad_f, grad_g, plan if plan.numel() else None, history_f, history_g, count)),
@@ -60,9 +60,9 @@ def _rows(tensor: Tensor | None, trailing: int = 2) -> Tensor | None:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _problem(scores, a, b, eps, n_iters, tol):
+def _problem(scores, a, b, start, eps, n_iters, tol):
     layout = [*scores.shape, *scores.stride()[:2]]
-    a_stride, b_stride = (0 if mass is None else mass.stride(0) for mass in (a, b))
+    a_stride, b_stride, start_stride = (0 if t is None else t.stride(0) for t in (a, b, start))
     return _native.load().SinkhornProblem(
         _address(scores),
         ELEMENTS[scores.dtype],
@@ -71,6 +71,8 @@ def _problem(scores, a, b, eps, n_iters, tol):
         a_stride,
         _address(b),
         b_stride,
+        _address(start),
+        start_stride,
         eps,
         n_iters,
         -1.0 if tol is None else tol,

@@ -29,9 +29,17 @@ class Scalings(NamedTuple):
 
 
 def scalings(
-    scores: Tensor, a: Tensor | None, b: Tensor | None, *, eps: float, n_iters: int, tol: float | None = None
+    scores: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    start: Tensor | None = None,
+    *,
+    eps: float,
+    n_iters: int,
+    tol: float | None = None,
 ) -> Scalings:
-    """Potentials of `n_iters` iterations, rows and then columns, from g = 0; with `tol` at most as many."""
+    """Potentials of `n_iters` iterations, rows and then columns, from g = `start` (..., m), a constant for the
+    gradient, or from g = 0; with `tol` at most as many."""
     n, m = scores.shape[-2:]
     batch = scores.shape[:-2]
     logits = scores.to(compute_dtype(scores.dtype)) / eps
@@ -39,7 +47,8 @@ def scalings(
     b = _marginal(b, logits, batch, m)
     log_a, log_b = _log(a), _log(b)
 
-    f, g = logits.new_zeros(*batch, n), logits.new_zeros(*batch, m)
+    f = logits.new_zeros(*batch, n)
+    g = logits.new_zeros(*batch, m) if start is None else start.detach().to(logits.dtype).expand(*batch, m)
     running = torch.ones(batch, dtype=torch.bool, device=scores.device)
     count = torch.zeros(batch, dtype=torch.int64, device=scores.device)
     error = logits.new_full(batch, float("inf"))
@@ -70,13 +79,14 @@ def sinkhorn(
     scores: Tensor,
     a: Tensor | None = None,
     b: Tensor | None = None,
+    start: Tensor | None = None,
     *,
     eps: float = 0.05,
     n_iters: int = 3,
     tol: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plan (..., n, m) and the marginal error (...) it reached; arguments as in `objslot.sinkhorn`."""
-    found = scalings(scores, a, b, eps=eps, n_iters=n_iters, tol=tol)
+    found = scalings(scores, a, b, start, eps=eps, n_iters=n_iters, tol=tol)
     return plan(scores, found.f[-1], found.g[-1], eps=eps), found.error
 
 

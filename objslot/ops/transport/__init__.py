@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _checks
-from objslot.ops.sinkhorn import marginal
+from objslot.ops.sinkhorn import first_potentials, marginal
 from objslot.ops.transport import autograd
 
 __all__ = ["alignment", "facts", "sinkhorn_transport"]
@@ -19,11 +19,14 @@ def sinkhorn_transport(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    start: Tensor | None = None,
     eps: float = 0.05,
     n_iters: int = 3,
+    tol: float | None = None,
     similarity: str = "cosine",
+    return_error: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """plan @ values, for the plan of `objslot.sinkhorn` on the similarities of x and y.
 
     Neither scores nor plan outlive the call, nor are they kept for the backward pass, which makes them again.
@@ -33,8 +36,11 @@ def sinkhorn_transport(
         x: (..., n, d) tokens; float16, bfloat16, float32 or float64, half types computed in float32.
         y: (..., m, d) tokens, same leading dimensions and dtype.
         values: (..., m, c), same leading dimensions and dtype.
-        a, b, eps, n_iters, backend: as in `objslot.sinkhorn`; leading dimensions of the marginals broadcast.
+        a, b, start, eps, n_iters, tol, backend: as in `objslot.sinkhorn`; leading dimensions of a, b and start
+            broadcast.
         similarity: "cosine" (a token of length zero has cosine 0 with everything) or "dot".
+        return_error: return (moved values, error), where error (...) is the sum over the rows of
+            |row sum of the plan - a|.
 
     Returns:
         (..., n, c) in the dtype of the values, with exact gradients for x, y, values, a and b.
@@ -42,8 +48,11 @@ def sinkhorn_transport(
     Raises:
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
-    a, b = _checked(x, y, values, a, b, eps, n_iters, similarity)
-    return torch.ops.objslot.sinkhorn_transport(x, y, values, a, b, eps, n_iters, similarity, backend)
+    a, b, start = _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity)
+    moved, error = torch.ops.objslot.sinkhorn_transport(
+        x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend
+    )
+    return (moved, error) if return_error else moved
 
 
 def alignment(
@@ -78,7 +87,7 @@ def alignment(
     _checks.tensor("values", values, "(..., t, n, c)")
     *batch, frames, n, _ = tokens.shape
     masses = marginal("masses", masses, tokens, [*batch, frames], n, "n")
-    _checked(tokens, tokens, values, None, None, eps, n_iters, similarity)
+    _checked(tokens, tokens, values, None, None, None, eps, n_iters, None, similarity)
     tensors = (tokens, values, masses)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _alignment_by_pairs(*tensors, eps, n_iters, similarity, backend)
@@ -112,17 +121,20 @@ def facts(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    start: Tensor | None = None,
     eps: float = 0.05,
     n_iters: int = 3,
+    tol: float | None = None,
     similarity: str = "cosine",
+    return_error: bool = False,
 ) -> dict:
     """What the choice of a backend looks at."""
-    _checked(x, y, values, a, b, eps, n_iters, similarity)
-    return autograd.facts(x, y, values, n_iters)
+    _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity)
+    return autograd.facts(x, y, values, n_iters, tol)
 
 
-def _checked(x, y, values, a, b, eps, n_iters, similarity):
-    """The marginals, broadcast to the batch and in the arithmetic dtype."""
+def _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity):
+    """The marginals and the start, broadcast to the batch and in the arithmetic dtype."""
     _checks.tensor("x", x, "(..., n, d)")
     _checks.tensor("y", y, "(..., m, d)")
     _checks.tensor("values", values, "(..., m, c)")
@@ -138,5 +150,11 @@ def _checked(x, y, values, a, b, eps, n_iters, similarity):
             raise ValueError(f"{name}: expected at least one token and one feature, got size 0")
     _checks.positive("eps", eps)
     _checks.at_least("n_iters", n_iters, 1)
+    if tol is not None:
+        _checks.positive("tol", tol)
     _checks.choice("similarity", similarity, SIMILARITIES)
-    return marginal("a", a, x, batch, n, "n"), marginal("b", b, x, batch, m, "m")
+    return (
+        marginal("a", a, x, batch, n, "n"),
+        marginal("b", b, x, batch, m, "m"),
+        first_potentials(start, x, batch, m),
+    )

@@ -4,18 +4,20 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _backends, _checks
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn.autograd import why_not_cpu
 from objslot.ops.transport import reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
 _library.define(
-    "sinkhorn_transport(Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, float eps, int n_iters, "
-    "str similarity, str? backend) -> Tensor"
+    "sinkhorn_transport(Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, Tensor? start, "
+    "float eps, int n_iters, float? tol, str similarity, bool return_error, str? backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "sinkhorn_transport_backward(Tensor grad, Tensor x, Tensor y, Tensor values, Tensor? a, Tensor? b, "
-    "float eps, int n_iters, str similarity, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? start, float eps, int n_iters, float? tol, str similarity, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "alignment(Tensor tokens, Tensor values, Tensor? masses, float eps, int n_iters, str similarity, "
@@ -23,7 +25,7 @@ _library.define(
 )
 
 
-def facts(x: Tensor, y: Tensor, values: Tensor, n_iters: int) -> dict:
+def facts(x: Tensor, y: Tensor, values: Tensor, n_iters: int, tol: float | None = None) -> dict:
     """What the rows of the capability table look at."""
     return {
         "device": x.device,
@@ -33,6 +35,7 @@ def facts(x: Tensor, y: Tensor, values: Tensor, n_iters: int) -> dict:
         "d": x.shape[-1],
         "c": values.shape[-1],
         "n_iters": n_iters,
+        "tol": tol,
     }
 
 
@@ -48,19 +51,21 @@ class _Reference:
     """The reference behind the interface that the kernels share."""
 
     @staticmethod
-    def forward(x, y, values, a, b, eps, n_iters, similarity):
-        return reference.sinkhorn_transport(x, y, values, a, b, eps=eps, n_iters=n_iters, similarity=similarity)
+    def forward(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
+        return reference.sinkhorn_transport(
+            x, y, values, a, b, start, eps=eps, n_iters=n_iters, tol=tol, similarity=similarity
+        )
 
     @staticmethod
-    def backward(grad, x, y, values, a, b, eps, n_iters, similarity):
-        return differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity)
+    def backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity):
+        return differentiable_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity)
 
     @staticmethod
     def alignment(tokens, values, masses, eps, n_iters, similarity):
         return reference.alignment(tokens, values, masses, eps=eps, n_iters=n_iters, similarity=similarity)
 
 
-def differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity):
+def differentiable_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity):
     """Gradients of the five tensors by autograd through the reference; differentiable again in grad mode."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -69,7 +74,9 @@ def differentiable_backward(grad, x, y, values, a, b, eps, n_iters, similarity):
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
         leaves = [None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs]
-        out = reference.sinkhorn_transport(*leaves, eps=eps, n_iters=n_iters, similarity=similarity)
+        out, _ = reference.sinkhorn_transport(
+            *leaves, start, eps=eps, n_iters=n_iters, tol=tol, similarity=similarity
+        )
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return tuple(None if t is None else next(found) for t in leaves)
@@ -81,15 +88,20 @@ def _check_masses(**masses):
             _checks.non_negative(name, mass)
 
 
-def _transport(x, y, values, a, b, eps, n_iters, similarity, backend):
+def _transport(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend):
     _check_masses(a=a, b=b)
-    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
-    return _implementation(name).forward(x, y, values, a, b, eps, n_iters, similarity).contiguous()
+    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    out, error = _implementation(name).forward(
+        x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error
+    )
+    if not return_error:
+        error = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    return out.contiguous(), error.contiguous()
 
 
-def _transport_backward(grad, x, y, values, a, b, eps, n_iters, similarity, backend):
-    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
-    grads = _implementation(name).backward(grad, x, y, values, a, b, eps, n_iters, similarity)
+def _transport_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity, backend):
+    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    grads = _implementation(name).backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity)
     return tuple(x.new_empty(0) if t is None else t.contiguous() for t in grads)
 
 
@@ -99,11 +111,12 @@ def _alignment(tokens, values, masses, eps, n_iters, similarity, backend):
     return _implementation(name).alignment(tokens, values, masses, eps, n_iters, similarity).contiguous()
 
 
-def _fake_transport(x, y, values, a, b, eps, n_iters, similarity, backend):
-    return values.new_empty(*x.shape[:-1], values.shape[-1])
+def _fake_transport(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend):
+    error = x.new_empty(x.shape[:-2] if return_error else 0, dtype=compute_dtype(x.dtype))
+    return values.new_empty(*x.shape[:-1], values.shape[-1]), error
 
 
-def _fake_backward(grad, x, y, values, a, b, eps, n_iters, similarity, backend):
+def _fake_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity, backend):
     marginals = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (a, b)]
     return (x.new_empty(x.shape), y.new_empty(y.shape), values.new_empty(values.shape), *marginals)
 
@@ -113,21 +126,26 @@ def _fake_alignment(tokens, values, masses, eps, n_iters, similarity, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, eps, n_iters, similarity, backend = inputs
+    *tensors, eps, n_iters, tol, similarity, _, backend = inputs
+    _, error = output
+    ctx.mark_non_differentiable(error)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
-    x, y, values, _, _ = tensors
-    ctx.backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters))
-    ctx.settings = eps, n_iters, similarity
+    x, y, values, *_ = tensors
+    ctx.backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    ctx.settings = eps, n_iters, tol, similarity
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, _):
     tensors = ctx.saved_tensors
-    nothing = (None,) * 4
+    nothing = (None,) * 7
+    if grad is None:
+        return (None,) * 12
     if torch.is_grad_enabled():
         return (*differentiable_backward(grad, *tensors, *ctx.settings), *nothing)
     grads = torch.ops.objslot.sinkhorn_transport_backward(grad, *tensors, *ctx.settings, ctx.backend)
-    a, b = tensors[3:]
+    a, b = tensors[3:5]
     return (*grads[:3], None if a is None else grads[3], None if b is None else grads[4], *nothing)
 
 

@@ -15,35 +15,40 @@ from objslot.ops.sinkhorn import native as sinkhorn
 BLOCK_ENTRIES = 1 << 19
 
 
-def forward(x, y, values, a, b, eps, n_iters, similarity):
-    """plan @ values."""
+def forward(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
+    """plan @ values, and the marginal error."""
     out = values.new_empty(*x.shape[:-1], values.shape[-1])
+    error = x.new_empty(x.shape[:-2], dtype=compute_dtype(x.dtype)) if return_error else None
     flat_out = _flat(out, 2)
-    for where, (x_part, y_part, values_part, a_part, b_part) in _blocks(x, y, values, a, b):
+    for where, (x_part, y_part, values_part, a_part, b_part, start_part) in _blocks(x, y, values, a, b, start):
         if similarity == "cosine":
             x_part, y_part = _unit(x_part)[0], _unit(y_part)[0]
-        plan = _plan(x_part @ y_part.mT, a_part, b_part, eps, n_iters)["plan"]
-        flat_out[where] = plan @ values_part
-    return out
+        found = sinkhorn.forward(
+            x_part @ y_part.mT, a_part, b_part, start_part, eps, n_iters, tol, False, True, return_error
+        )
+        flat_out[where] = found["plan"] @ values_part
+        if return_error:
+            error.view(-1)[where] = found["error"]
+    return out, error
 
 
-def backward(grad, x, y, values, a, b, eps, n_iters, similarity):
+def backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity):
     """Gradients of the five tensors; the forward is repeated."""
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (x, y, values, a, b)]
     flat = [None if t is None else _flat(t, 2 if i < 3 else 1) for i, t in enumerate(grads)]
     flat_grad = _flat(grad, 2)
-    for where, (x_part, y_part, values_part, a_part, b_part) in _blocks(x, y, values, a, b):
+    for where, (x_part, y_part, values_part, a_part, b_part, start_part) in _blocks(x, y, values, a, b, start):
         grad_part = flat_grad[where].to(x_part.dtype)
         lengths = None
         if similarity == "cosine":
             (x_part, x_lengths), (y_part, y_lengths) = _unit(x_part), _unit(y_part)
             lengths = x_lengths, y_lengths
         scores = x_part @ y_part.mT
-        found = _plan(scores, a_part, b_part, eps, n_iters, history=True)
+        found = sinkhorn.forward(scores, a_part, b_part, start_part, eps, n_iters, tol, True, True, False)
         grad_scores, grad_a, grad_b = sinkhorn.backward(
             grad_part @ values_part.mT,
-            *(None, None, scores, a_part, b_part, found["plan"]),
-            *(found["history_f"], found["history_g"], found["count"], eps, n_iters, None),
+            *(None, None, scores, a_part, b_part, start_part, found["plan"]),
+            *(found["history_f"], found["history_g"], found["count"], eps, n_iters, tol),
         )
         grad_x, grad_y = grad_scores @ y_part, grad_scores.mT @ x_part
         if lengths is not None:
@@ -78,14 +83,14 @@ def alignment(tokens, values, masses, eps, n_iters, similarity):
         torch.bmm(features[firsts], features[seconds].mT, out=scores[: len(firsts)])
         scores[len(firsts) :] = scores[: len(firsts)].mT
         a, b = (None, None) if masses is None else (flat_masses[clip][rows], flat_masses[clip][columns])
-        _plan(scores, a, b, eps, n_iters, plan=plan)
+        sinkhorn.forward(scores, a, b, None, eps, n_iters, None, False, True, False, plan)
         clips[2][clip].index_add_(0, rows, plan @ moved[columns])
     return out.to(values.dtype)
 
 
-def _blocks(x, y, values, a, b):
+def _blocks(x, y, values, a, b, start):
     """Slices of the flattened batch, and what they cut from each tensor, in the arithmetic dtype."""
-    flat = [_flat(t, 2) for t in (x, y, values)] + [_flat(t, 1) for t in (a, b)]
+    flat = [_flat(t, 2) for t in (x, y, values)] + [_flat(t, 1) for t in (a, b, start)]
     dtype = compute_dtype(x.dtype)
     step = max(torch.get_num_threads(), BLOCK_ENTRIES // (x.shape[-2] * y.shape[-2]))
     for start in range(0, flat[0].shape[0], step):
@@ -98,10 +103,6 @@ def _flat(tensor: Tensor | None, trailing: int) -> Tensor | None:
         return None
     batch = math.prod(tensor.shape[: tensor.dim() - trailing])
     return tensor.reshape(batch, *tensor.shape[tensor.dim() - trailing :])
-
-
-def _plan(scores, a, b, eps, n_iters, history=False, plan=None):
-    return sinkhorn.forward(scores, a, b, eps, n_iters, None, history, True, False, plan)
 
 
 def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,17 @@ def sinkhorn_transport(
     values: Tensor,
     a: Tensor | None = None,
     b: Tensor | None = None,
+    start: Tensor | None = None,
     *,
     eps: float = 0.05,
     n_iters: int = 3,
+    tol: float | None = None,
     similarity: str = "cosine",
-) -> Tensor:
-    """plan @ values (..., n, c); arguments as in `objslot.sinkhorn_transport`."""
+) -> tuple[Tensor, Tensor]:
+    """plan @ values (..., n, c) and the marginal error (...); arguments as in `objslot.sinkhorn_transport`."""
     scores = similarity_scores(x, y, similarity)
-    plan, _ = sinkhorn_reference.sinkhorn(scores, a, b, eps=eps, n_iters=n_iters)
-    return (plan @ values.to(plan.dtype)).to(values.dtype)
+    plan, error = sinkhorn_reference.sinkhorn(scores, a, b, start, eps=eps, n_iters=n_iters, tol=tol)
+    return (plan @ values.to(plan.dtype)).to(values.dtype), error
 
 
 def alignment(
@@ -56,7 +58,7 @@ def alignment(
         row = torch.zeros_like(values[..., i, :, :])
         for j in frames:
             if i != j:
-                row = row + sinkhorn_transport(
+                moved, _ = sinkhorn_transport(
                     tokens[..., i, :, :],
                     tokens[..., j, :, :],
                     values[..., j, :, :],
@@ -66,5 +68,6 @@ def alignment(
                     n_iters=n_iters,
                     similarity=similarity,
                 )
+                row = row + moved
         rows.append(row)
     return torch.stack(rows, -3)
