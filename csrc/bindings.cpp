@@ -122,4 +122,5 @@ PYBIND11_MODULE(_native, module) {
   objslot::bind_slot_attention(module);
   objslot::bind_assign(module);
   objslot::bind_propagate(module);
+  objslot::bind_transport(module);
 }

@@ -82,9 +82,11 @@ def semantic_alignment_loss(
             eps=eps,
             n_iters=n_iters,
         )
-        target = target / (frames - 1)
+        # In the order of the logits, so that the sum below and its gradient read memory in order.
+        target = target.transpose(-1, -2).flatten()
     log_masks = student_logits.to(dtype).log_softmax(dim=2)
-    return -(log_masks * target.transpose(-1, -2)).sum(dim=(2, 3)).mean()
+    clips = student_logits.shape[0]
+    return -torch.dot(log_masks.flatten(), target) / (clips * frames * (frames - 1))
 
 
 def valid_instances(

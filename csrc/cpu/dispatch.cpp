@@ -4,6 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(OBJSLOT_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace objslot {
 
 const char* name(Isa isa) {
@@ -40,6 +46,22 @@ Isa active_isa() {
     throw std::invalid_argument("OBJSLOT_ISA: expected base, avx2 or avx512, got " + wanted);
   }();
   return isa;
+}
+
+bool has_tiles() {
+#if defined(OBJSLOT_X86) && defined(__linux__)
+  static const bool usable = [] {
+    if (active_isa() != Isa::avx512) return false;
+    unsigned a, b, c, d;
+    constexpr unsigned tiles = (1u << 24) | (1u << 22);  // AMX-TILE, AMX-BF16
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return usable;
+#else
+  return false;
+#endif
 }
 
 }  // namespace objslot

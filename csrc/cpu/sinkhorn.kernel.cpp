@@ -1,14 +1,20 @@
 // Sinkhorn's algorithm forward: exponentiate once with the row maximum taken out, then scale.
+//
+// A kernel that fits a second-level cache is kept, and the plan of one matrix is written while the next one is
+// exponentiated. A larger kernel is made anew in every sweep: that takes no longer than fetching it would.
 #include "sinkhorn_log.h"
+#include "sinkhorn_rows.h"
 
 namespace objslot::OBJSLOT_ISA {
 
-// A matrix up to this many bytes leaves room for the next one in a second-level cache.
-constexpr int64_t prefetch_bytes = int64_t{300} << 10;
-
+// The kernel of one thread is kept up to this many bytes, and always where exponentials are slow.
+template <class T>
+constexpr int64_t most_kept = OBJSLOT_VECTOR_BYTES == 64 && sizeof(T) == 4
+                                  ? int64_t{1} << 20
+                                  : std::numeric_limits<int64_t>::max();
 template <class T>
 struct State {
-  T* kernel;            // (n, columns): 2^(scores * scale + offset of the row), at most about 1
+  T* kernel;            // (n, columns): 2^(scores * scale + offset of the row), at most about 1; or null
   T* offset;            // (n): minus the scaled maximum of the row
   T* x;                 // (n)
   T* next_x;            // (n)
@@ -16,14 +22,23 @@ struct State {
   T* sums;              // (chunks, columns)
   T* gaps;              // (chunks): share of the marginal error
   unsigned char* lost;  // (chunks): a sum was too small to be exact
+  unsigned char* bad;   // (threads): likewise of the columns
+  T* rows;              // (threads, sweep_rows + 1, columns)
   LogState<T> log;
 };
 
 template <class T>
-static State<T> lay_out(Arena& arena, const Matrix<T>& matrix, int threads) {
+static bool keeps_kernel(const SinkhornProblem& p, int threads) {
+  const int64_t bytes = p.n * padded<T>(p.m) * static_cast<int64_t>(sizeof(T));
+  return (p.batch < threads ? bytes / threads : bytes) <= most_kept<T>;
+}
+
+template <class T>
+static State<T> lay_out(Arena& arena, const SinkhornProblem& p, int threads, int size) {
+  const Matrix<T> matrix = element_of<T>(p, 0);
   const int64_t n = matrix.n, columns = matrix.columns, chunks = matrix.chunks();
   State<T> s;
-  s.kernel = arena.take<T>(n * columns);
+  s.kernel = keeps_kernel<T>(p, threads) ? arena.take<T>(n * columns) : nullptr;
   s.offset = arena.take<T>(n);
   s.x = arena.take<T>(n);
   s.next_x = arena.take<T>(n);
@@ -31,8 +46,9 @@ static State<T> lay_out(Arena& arena, const Matrix<T>& matrix, int threads) {
   s.sums = arena.take<T>(chunks * columns);
   s.gaps = arena.take<T>(chunks);
   s.lost = arena.take<unsigned char>(chunks);
-  s.log = {arena.take<T>(n), arena.take<T>(columns), arena.take<T>(chunks * columns), s.sums,
-           arena.take<T>(threads * block * columns)};
+  s.bad = arena.take<unsigned char>(size);
+  s.rows = arena.take<T>(size * (sweep_rows + 1) * columns);
+  s.log = {arena.take<T>(n), arena.take<T>(columns), arena.take<T>(chunks * columns), s.sums, s.rows};
   return s;
 }
 
@@ -41,67 +57,65 @@ template <class T>
 constexpr T range_limit =
     sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
 
+// The plan of an earlier matrix that waits to be written.
 template <class T>
-OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, int64_t m, T* kernel, T* offset) {
-  const T shift = -largest(row, m) * scale;
-  *offset = shift;
-  const Vec<T> scales = broadcast(scale), shifts = broadcast(shift);
-  constexpr int W = width<T>;
-  Vec<T> even{}, odd{};
-  int64_t j = 0;
-  for (; j + 2 * W <= m; j += 2 * W) {
-    const Vec<T> first = exp2<T>(fused(load(row + j), scales, shifts));
-    const Vec<T> second = exp2<T>(fused(load(row + j + W), scales, shifts));
-    store(kernel + j, first);
-    store(kernel + j + W, second);
-    even += first;
-    odd += second;
+struct Pending {
+  PlanRows<T> rows;
+  int64_t next = 0, end = 0;
+  T* buffer = nullptr;
+  OBJSLOT_INLINE_MEMBER void advance() {
+    if (next < end) rows.write(next++, buffer);
   }
-  for (; j < m; j += W) {
-    const int64_t left = m - j;
-    Vec<T> value = exp2<T>(fused(left < W ? load_first(row + j, left) : load(row + j), scales, shifts));
-    if (left < W) value = keep_first<T>(value, left);
-    store(kernel + j, value);
-    even += value;
+  OBJSLOT_INLINE_MEMBER void finish() {
+    while (next < end) rows.write(next++, buffer);
   }
-  return sum_lanes<T>(even + odd);
+};
+
+// sums += x' kernel for `count` rows.
+template <class T>
+OBJSLOT_INLINE void add_block(const T* kernel, int64_t columns, const T* x, int64_t count, T* sums) {
+  if (count == sweep_rows) return add_rows<T, sweep_rows>(kernel, columns, x, columns, sums);
+  for (int64_t r = 0; r < count; ++r) add_rows<T, 1>(kernel + r * columns, columns, x + r, columns, sums);
 }
 
 // First iteration, rows: makes the kernel, x and the column sums of one chunk.
 template <class T>
-OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, int worker) {
+OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T* rows,
+                                Pending<T>& pending) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
+  const T limit = T(matrix.m) * range_limit<T>;
   T* sums = s.sums + chunk * columns;
   fill(sums, columns, T(0));
   bool lost = false;
-  for (int64_t i = chunk * chunk_rows; i < end; i += block) {
-    const int64_t count = end - i < block ? end - i : block;
-    T* kernel = s.kernel + i * columns;
+  for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
+    const int64_t count = end - i < sweep_rows ? end - i : sweep_rows;
+    T* kernel = s.kernel ? s.kernel + i * columns : rows;
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = matrix.row(i + r, s.log.rows + worker * block * columns);
-      T total = exponentiate_row(row, matrix.scale, matrix.m, kernel + r * columns, s.offset + i + r);
+      const T* row = matrix.row(i + r, rows + sweep_rows * columns);
+      const T shift = -largest(row, matrix.m) * matrix.scale;
       const T mass = matrix.a_at(i + r);
+      s.offset[i + r] = shift;
+      T* target = kernel + r * columns;
+      T total;
       if (matrix.start) {
-        dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, &total);
+        total = exponentiate_row<T, true>(row, matrix.scale, shift, matrix.m, s.y, target);
         lost |= !(total > limit) && mass != T(0);
       } else {
+        total = exponentiate_row<T, false>(row, matrix.scale, shift, matrix.m, nullptr, target);
         lost |= !(total >= T(0.5));
       }
       s.x[i + r] = mass == T(0) ? T(0) : mass / total;
+      pending.advance();
     }
-    if (count == block)
-      add_rows<T, block>(kernel, columns, s.x + i, columns, sums);
-    else
-      for (int64_t r = 0; r < count; ++r)
-        add_rows<T, 1>(kernel + r * columns, columns, s.x + i + r, columns, sums);
+    add_block(kernel, columns, s.x + i, count, sums);
   }
   s.lost[chunk] = lost;
 }
 
 // Further iterations: one sweep serves the rows and the columns. Also the error of the iteration before.
 template <class T>
-OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit,
+OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, T* rows,
                                Prefetch& ahead) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
@@ -109,12 +123,17 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
   fill(sums, columns, T(0));
   bool lost = false;
   T gap = 0;
-  for (int64_t i = chunk * chunk_rows; i < end; i += block) {
-    const int64_t count = end - i < block ? end - i : block;
-    const T* kernel = s.kernel + i * columns;
-    T totals[block];
-    if (count == block)
-      dot_rows<T, block>(kernel, columns, s.y, columns, totals);
+  for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
+    const int64_t count = end - i < sweep_rows ? end - i : sweep_rows;
+    const T* kernel = s.kernel ? s.kernel + i * columns : rows;
+    T totals[sweep_rows];
+    if (!s.kernel)
+      for (int64_t r = 0; r < count; ++r)
+        totals[r] =
+            exponentiate_row<T, true>(matrix.row(i + r, rows + sweep_rows * columns), matrix.scale,
+                                      s.offset[i + r], matrix.m, s.y, rows + r * columns);
+    else if (count == sweep_rows)
+      dot_rows<T, sweep_rows>(kernel, columns, s.y, columns, totals);
     else
       for (int64_t r = 0; r < count; ++r)
         dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
@@ -125,11 +144,7 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
       gap += missing < T(0) ? -missing : missing;
       s.next_x[i + r] = mass == T(0) ? T(0) : mass / totals[r];
     }
-    if (count == block)
-      add_rows<T, block>(kernel, columns, s.next_x + i, columns, sums);
-    else
-      for (int64_t r = 0; r < count; ++r)
-        add_rows<T, 1>(kernel + r * columns, columns, s.next_x + i + r, columns, sums);
+    add_block(kernel, columns, s.next_x + i, count, sums);
     ahead.advance();
   }
   s.lost[chunk] = lost;
@@ -138,54 +153,29 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
 
 // Columns: y from the sums of all chunks. Returns false where the iteration has left the safe range.
 template <class T>
-OBJSLOT_INLINE bool set_columns(const Matrix<T>& matrix, State<T>& s, const T* x) {
+OBJSLOT_INLINE bool set_columns(const Matrix<T>& matrix, State<T>& s, const T* x, const Team& team) {
   const int64_t columns = matrix.columns, chunks = matrix.chunks();
-  bool safe = true;
-  for (int64_t c = 0; c < chunks; ++c) safe &= !s.lost[c];
   const T limit = largest(x, matrix.n) * T(matrix.n) * range_limit<T>;
+  const int64_t vectors = columns / width<T>;
   Bits<T> bad{};
-  for (int64_t j = 0; j < columns; j += width<T>) {
+  for (int64_t j = team.begin(vectors) * width<T>; j < team.end(vectors) * width<T>; j += width<T>) {
     Vec<T> sum = load(s.sums + j);
     for (int64_t c = 1; c < chunks; ++c) sum += load(s.sums + c * columns + j);
     const int64_t left = matrix.m - j;
-    Vec<T> mass = broadcast(matrix.b0);
-    if (matrix.b) mass = left < width<T> ? load_first(matrix.b + j, left) : load(matrix.b + j);
+    Vec<T> mass = matrix.b ? load_upto(matrix.b + j, left) : broadcast(matrix.b0);
     if (left < width<T>) mass = keep_first<T>(mass, left);
     const Bits<T> none = mass == T(0);
     bad |= ~(sum > limit) & ~none;
     store(s.y + j, none ? Vec<T>{} : mass / sum);
   }
-  for (int lane = 0; lane < width<T>; ++lane) safe &= !bad[lane];
-  return safe;
-}
-
-template <class T>
-OBJSLOT_INLINE void write_plan_chunk(const Matrix<T>& matrix, State<T>& s, const SinkhornResult& result,
-                                     int64_t index, int64_t chunk, bool streamed, int worker,
-                                     Prefetch& ahead) {
-  const int64_t m = matrix.m, columns = matrix.columns;
-  const int64_t end = end_of_chunk(matrix, chunk);
-  const bool half = sizeof(T) == 4 && matrix.element != Element::float32;
-  T* buffer = s.log.rows + worker * block * columns;
-  const bool direct =
-      !half && m == columns && reinterpret_cast<uintptr_t>(result.plan) % OBJSLOT_VECTOR_BYTES == 0;
-  for (int64_t i = chunk * chunk_rows; i < end; ++i) {
-    const T* kernel = s.kernel + i * columns;
-    const int64_t offset = (index * matrix.n + i) * m;
-    const Vec<T> x = broadcast(s.x[i]);
-    T* target = direct ? static_cast<T*>(result.plan) + offset : buffer;
-    if (direct && streamed)
-      for (int64_t j = 0; j < columns; j += width<T>)
-        stream(target + j, x * (load(kernel + j) * load(s.y + j)));
-    else
-      for (int64_t j = 0; j < columns; j += width<T>)
-        store(target + j, x * (load(kernel + j) * load(s.y + j)));
-    if constexpr (sizeof(T) == 4)
-      if (half) write_half_row(buffer, result.plan, matrix.element, offset, m);
-    if (!half && !direct) copy_row(static_cast<T*>(result.plan) + offset, buffer, m, streamed);
-    if (i % block == block - 1) ahead.advance();
-  }
-  if (streamed) end_of_stream();
+  bool lost = false;
+  for (int lane = 0; lane < width<T>; ++lane) lost |= bad[lane] != 0;
+  s.bad[team.worker] = lost;
+  // Before the team goes on to the next sweep, which writes them.
+  for (int64_t c = 0; c < chunks; ++c) lost |= s.lost[c] != 0;
+  team.wait();
+  for (int worker = 0; worker < team.size; ++worker) lost |= s.bad[worker] != 0;
+  return !lost;
 }
 
 template <class T>
@@ -221,68 +211,84 @@ struct Keeper {
   }
 };
 
-// The whole of one matrix by scalings. Returns false, with nothing usable written, when they leave the range.
+// The whole of one matrix by scalings, but for a plan that can wait. Returns false, with nothing usable written,
+// when they leave the range.
 template <class T>
 static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper, Prefetch ahead,
-                             int threads) {
+                             Pending<T>& pending, const Team& team) {
   const SinkhornProblem& p = keeper.p;
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
-  const int64_t chunks = matrix.chunks();
-  if (matrix.start) first_scaling(matrix, s.y);
-  const T first_limit = T(matrix.m) * range_limit<T>;
-  for_chunks(matrix, threads,
-             [&](int64_t chunk, int worker) { first_chunk(matrix, s, chunk, first_limit, worker); });
-  if (!set_columns(matrix, s, s.x)) return false;
+  T* rows = s.rows + team.worker * (sweep_rows + 1) * matrix.columns;
+  if (matrix.start) alone(team, [&] { first_scaling(matrix, s.y); });
+  for_chunks(matrix, team, [&](int64_t chunk) __attribute__((always_inline)) {
+    first_chunk(matrix, s, chunk, rows, pending);
+  });
+  pending.finish();
+  if (!set_columns(matrix, s, s.x, team)) return false;
 
-  const auto sweep = [&]() {
-    const T limit = largest(s.y, matrix.m) * T(matrix.m) * range_limit<T>;
-    for_chunks(matrix, threads, [&](int64_t chunk, int) { next_chunk(matrix, s, chunk, limit, ahead); });
-  };
   int64_t count = 1;
   T error = 0;
-  if (keeper.history()) keeper.keep_rows(0, s.offset);
-  keeper.keep(1, s.x, s.y);
+  const bool first = team.worker == 0;
+  if (first && keeper.history()) keeper.keep_rows(0, s.offset);
+  if (first) keeper.keep(1, s.x, s.y);
+  bool backwards = false;
   while (count < p.n_iters || early || result.error) {
-    sweep();
-    error = add_up(s.gaps, chunks);
+    const T limit = largest(s.y, matrix.m) * T(matrix.m) * range_limit<T>;
+    backwards = !backwards;
+    for_chunks(matrix, team, backwards, [&](int64_t chunk) __attribute__((always_inline)) {
+      next_chunk(matrix, s, chunk, limit, rows, ahead);
+    });
+    error = add_up(s.gaps, matrix.chunks());
     if (count == p.n_iters || (early && !(error > T(p.tol)))) break;
     // The sums belong to the next iteration already.
     T* swap = s.x;
     s.x = s.next_x;
     s.next_x = swap;
-    if (!set_columns(matrix, s, s.x)) return false;
-    keeper.keep(++count, s.x, s.y);
+    if (!set_columns(matrix, s, s.x, team)) return false;
+    ++count;
+    if (first) keeper.keep(count, s.x, s.y);
   }
-  if (result.f) {
+  if (first && result.f) {
     potentials(s.x, s.offset, matrix.n, keeper.f());
     potentials<T>(s.y, nullptr, matrix.m, keeper.g());
   }
-  keeper.finish(count, error);
+  if (first) keeper.finish(count, error);
   if (!result.plan) return true;
   const bool streamed = p.batch * p.n * p.m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
-    write_plan_chunk(matrix, s, result, keeper.index, chunk, streamed, worker, ahead);
+  const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
+  const PlanRows<T> plan{&matrix, s.kernel, s.offset, s.x, s.y,
+                         static_cast<char*>(result.plan) + keeper.index * p.n * p.m * size, streamed};
+  if (s.kernel && team.size == 1) {
+    pending = {plan, 0, matrix.n, rows};
+    return true;
+  }
+  for_chunks(matrix, team, !backwards, [&](int64_t chunk) {
+    for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) plan.write(i, rows);
   });
   return true;
 }
 
 // The whole of one matrix in the log domain.
 template <class T>
-static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper, int threads) {
+static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper,
+                                const Team& team) {
   const SinkhornProblem& p = keeper.p;
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
   const int64_t chunks = matrix.chunks(), columns = matrix.columns;
-  if (matrix.start)
-    __builtin_memcpy(s.log.g, matrix.start, matrix.m * sizeof(T));
-  else
-    fill(s.log.g, matrix.m, T(0));
-  fill(s.log.g + matrix.m, columns - matrix.m, -std::numeric_limits<T>::infinity());
+  const bool first = team.worker == 0;
+  alone(team, [&] {
+    if (matrix.start)
+      __builtin_memcpy(s.log.g, matrix.start, matrix.m * sizeof(T));
+    else
+      fill(s.log.g, matrix.m, T(0));
+    fill(s.log.g + matrix.m, columns - matrix.m, -std::numeric_limits<T>::infinity());
+  });
 
   const auto visit_plan = [&](auto&& use) {
-    for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
-      T* buffer = s.log.rows + worker * block * columns;
+    for_chunks(matrix, team, [&](int64_t chunk) {
+      T* buffer = s.log.rows + team.worker * (sweep_rows + 1) * columns;
       s.gaps[chunk] = 0;
       for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
         plan_row(matrix.row(i, buffer), matrix.inverse_eps, s.log.f[i], s.log.g, matrix.m, buffer + columns);
@@ -300,22 +306,24 @@ static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keep
   int64_t count = 0;
   T error = 0;
   while (count < p.n_iters) {
-    log_iteration(matrix, s.log, threads);
-    keeper.keep(++count, s.log.f, s.log.g);
+    log_iteration(matrix, s.log, team);
+    ++count;
+    alone(team, [&] { keeper.keep(count, s.log.f, s.log.g); });
     if (!early) continue;
     visit_plan(measure);
     error = add_up(s.gaps, chunks);
     if (!(error > T(p.tol))) break;
   }
-  if (result.f) {
+  if (first && result.f) {
     __builtin_memcpy(keeper.f(), s.log.f, matrix.n * sizeof(T));
     __builtin_memcpy(keeper.g(), s.log.g, matrix.m * sizeof(T));
   }
   if (result.error && !early) {
     visit_plan(measure);
     error = add_up(s.gaps, chunks);
+    team.wait();
   }
-  keeper.finish(-count, error);
+  if (first) keeper.finish(-count, error);
   if (!result.plan) return;
   visit_plan([&](int64_t, int64_t i, T* row) {
     const int64_t offset = (keeper.index * matrix.n + i) * matrix.m;
@@ -326,41 +334,76 @@ static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keep
   });
 }
 
+// Bytes of what the threads share, or of what each of them has.
+template <class T>
+static int64_t share_of_workspace(const SinkhornProblem& p, int threads) {
+  Arena arena{nullptr};
+  lay_out<T>(arena, p, threads, p.batch < threads ? threads : 1);
+  return arena.used;
+}
+
+// A thread with several matrices begins one while it writes the one before.
+static int64_t states(const SinkhornProblem& p, int threads) { return p.batch > threads ? 2 : 1; }
+
 template <class T>
 static int64_t workspace_of(const SinkhornProblem& p, int threads) {
-  Arena arena{nullptr};
-  lay_out(arena, element_of<T>(p, 0), p.batch < threads ? threads : 1);
-  return p.batch < threads ? arena.used : arena.used * threads;
+  const int64_t count = p.batch < threads ? 1 : threads * states(p, threads);
+  return count * share_of_workspace<T>(p, threads);
+}
+
+template <class T>
+static Prefetch fetch_next(const SinkhornProblem& p, int64_t index) {
+  Prefetch ahead;
+  const int64_t size = sizeof(T);
+  if (p.n * padded<T>(p.m) * size > prefetch_bytes || p.element == Element::float16 ||
+      p.element == Element::bfloat16)
+    return ahead;
+  return Prefetch::of(static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * size,
+                      ((p.n - 1) * p.row_stride + p.m) * size, p.n_iters - 1, (p.n + sweep_rows - 1) / sweep_rows);
 }
 
 template <class T>
 static void solve(const SinkhornProblem& p, const SinkhornResult& result, void* workspace, int threads) {
-  const auto one = [&](int64_t index, bool more, Arena arena, int team) {
-    const FlushSubnormals flush;
-    const Matrix<T> matrix = element_of<T>(p, index);
-    State<T> s = lay_out(arena, matrix, team);
-    Prefetch ahead;
-    const int64_t bytes = p.n * matrix.columns * static_cast<int64_t>(sizeof(T));
-    if (more && bytes <= prefetch_bytes && p.element != Element::float16 && p.element != Element::bfloat16) {
-      // Spread over the last sweeps, but not so thin that the first rows are evicted again.
-      const int64_t sweeps = p.n_iters < 3 ? p.n_iters : 3;
-      ahead.next =
-          static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * static_cast<int64_t>(sizeof(T));
-      ahead.end = ahead.next + ((p.n - 1) * p.row_stride + p.m) * static_cast<int64_t>(sizeof(T));
-      ahead.step = ((ahead.end - ahead.next) / (sweeps * ((p.n + block - 1) / block)) + 63) / 64 * 64;
-    }
-    const Keeper<T> keeper{p, result, index};
-    if (!solve_by_scaling(matrix, s, keeper, ahead, team)) solve_by_logarithms(matrix, s, keeper, team);
-  };
+  const int64_t share = share_of_workspace<T>(p, threads);
+  char* base = static_cast<char*>(workspace);
   if (p.batch < threads) {
-    for (int64_t index = 0; index < p.batch; ++index)
-      one(index, false, Arena{static_cast<char*>(workspace)}, threads);
+    run_team(threads, [&](const Team& team) {
+      const FlushSubnormals flush;
+      for (int64_t index = 0; index < p.batch; ++index) {
+        const Matrix<T> matrix = element_of<T>(p, index);
+        Arena arena{base};
+        State<T> s = lay_out<T>(arena, p, threads, threads);
+        const Keeper<T> keeper{p, result, index};
+        Pending<T> pending{};
+        if (!solve_by_scaling(matrix, s, keeper, Prefetch{}, pending, team))
+          solve_by_logarithms(matrix, s, keeper, team);
+        pending.finish();
+        end_of_stream();
+        team.wait();
+      }
+    });
     return;
   }
-  const int64_t share = workspace_of<T>(p, 1);
+  const int64_t both = states(p, threads);
   parallel_for(p.batch, threads, [&](int64_t begin, int64_t end, int worker) {
-    for (int64_t index = begin; index < end; ++index)
-      one(index, index + 1 < end, Arena{static_cast<char*>(workspace) + worker * share}, 1);
+    const FlushSubnormals flush;
+    Matrix<T> matrices[2];
+    Pending<T> pending{};
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t turn = (index - begin) % both;
+      Matrix<T>& matrix = matrices[turn];
+      matrix = element_of<T>(p, index);
+      Arena arena{base + (worker * both + turn) * share};
+      State<T> s = lay_out<T>(arena, p, threads, 1);
+      const Keeper<T> keeper{p, result, index};
+      const Prefetch ahead = index + 1 < end ? fetch_next<T>(p, index) : Prefetch{};
+      if (!solve_by_scaling(matrix, s, keeper, ahead, pending, Team{}))
+        solve_by_logarithms(matrix, s, keeper, Team{});
+      // The only state is used again.
+      if (both == 1) pending.finish();
+    }
+    pending.finish();
+    end_of_stream();
   });
 }
 

@@ -66,7 +66,9 @@ OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int6
 template <class T>
 OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights,
                                      int64_t m, T* products) {
-  if (rows == block)
+  if (rows == sweep_rows)
+    dot_rows<T, sweep_rows>(plan.at(i), plan.stride, weights, m, products);
+  else if (rows == block)
     dot_rows<T, block>(plan.at(i), plan.stride, weights, m, products);
   else
     for (int64_t r = 0; r < rows; ++r) dot_rows<T, 1>(plan.at(i + r), plan.stride, weights, m, products + r);
@@ -142,7 +144,7 @@ OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, 
 // The last sweep: iteration 0 and the gradient of the scores.
 template <class T>
 static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
-                   int threads) {
+                   bool backwards, const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns, rank = 2 * g.count;
   const bool streamed = g.p.batch * g.p.n * m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
@@ -152,9 +154,9 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
       m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
   const bool direct = !g.half() && !holes && aligned;
   const Vec<T> inverse_eps = broadcast(matrix.inverse_eps);
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
+  for_chunks(matrix, team, backwards, [&](int64_t chunk) {
     const int64_t end = end_of_chunk(matrix, chunk);
-    T* buffer = w.rows + worker * (block + 1) * columns;
+    T* buffer = w.rows + team.worker * (block + 1) * columns;
     for (int64_t i = chunk * chunk_rows; i < end; i += block) {
       const int64_t rows = end - i < block ? end - i : block;
       T products[block], factors[block];
@@ -178,6 +180,7 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
         for (int64_t r = 0; r < rows; ++r)
           correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix,
                                     inverse_eps, out + r);
+      g.advance();
       for (int64_t r = 0; r < rows && !direct; ++r) {
         const int64_t offset = (g.index * matrix.n + i + r) * m;
         if (holes)
@@ -197,66 +200,82 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
 
 template <class T>
 static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
-                         int threads) {
+                         const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns;
   if (g.logarithms) return false;
   const T moved = furthest_move(g, w.first);
   if (!(moved <= most_moved<T>)) return false;
-  start(g, w);
-  multiply(g, w, plan, gradient, threads);
+  alone(team, [&] { start(g, w); });
+  multiply(g, w, plan, gradient, team);
   bool gaps = false;
   for (int64_t c = 0; c < matrix.chunks(); ++c) gaps |= w.gaps[c];
   if (gaps && moved > most_moved_with_gaps<T>) return false;
+  alone(team, [&] { prepare(g, w, g.count - 1); });
+  bool backwards = false;
   for (int64_t t = g.count - 1; t > 0; --t) {
-    prepare(g, w, t);
     const T* q = w.right + 2 * t * columns;
-    for_chunks(matrix, threads, [&](int64_t chunk, int) {
+    backwards = !backwards;
+    for_chunks(matrix, team, backwards, [&](int64_t chunk) {
       T* sums = w.sums + chunk * columns;
       fill(sums, columns, T(0));
       const int64_t end = end_of_chunk(matrix, chunk);
-      for (int64_t i = chunk * chunk_rows; i < end; i += block) {
-        const int64_t rows = end - i < block ? end - i : block;
-        T products[block], factors[block];
+      for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
+        const int64_t rows = end - i < sweep_rows ? end - i : sweep_rows;
+        T products[sweep_rows], factors[sweep_rows];
         multiply_weights(plan, i, rows, q, m, products);
         undo_rows(g, w, t, i, rows, products, factors);
-        if (rows == block)
-          add_rows<T, block>(plan.at(i), plan.stride, factors, m, sums);
+        if (rows == sweep_rows)
+          add_rows<T, sweep_rows>(plan.at(i), plan.stride, factors, m, sums);
         else
           for (int64_t r = 0; r < rows; ++r)
             add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
+        g.advance();
       }
     });
-    add_columns(matrix, w.sums, w.grad_g);
-    for (int64_t j = 0; j < columns; j += width<T>)
-      store(w.grad_g + j, -load(w.grad_g + j) * load(q + columns + j));
+    alone(team, [&] {
+      add_columns(matrix, w.sums, w.grad_g);
+      for (int64_t j = 0; j < columns; j += width<T>)
+        store(w.grad_g + j, -load(w.grad_g + j) * load(q + columns + j));
+      prepare(g, w, t - 1);
+    });
   }
-  prepare(g, w, 0);
-  finish(g, w, plan, gradient, threads);
+  finish(g, w, plan, gradient, !backwards, team);
   return true;
 }
 
 template <class T>
-static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t index, Arena arena,
-                 int threads) {
-  const FlushSubnormals flush;
+static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t index, bool more, Arena arena,
+                 int threads, const Team& team) {
   const Matrix<T> matrix = element_of<T>(p, index);
   Work<T> w = lay_out(arena, matrix, p.n_iters, threads);
   const int64_t count = out.history.count[index];
-  const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0};
-  if (g.logarithms && matrix.start)
-    __builtin_memcpy(w.first, matrix.start, p.m * sizeof(T));
-  else if (g.logarithms)
-    fill(w.first, p.m, T(0));
-  else
-    first_scaling(matrix, w.first);
+  Prefetch ahead[2];
+  const int64_t size = sizeof(T), bytes = p.n * p.m * size;
+  const bool half = size == 4 && p.element != Element::float32;
+  if (more && !half && bytes <= prefetch_bytes && out.plan && out.grad_plan && out.grad_row_stride == p.m) {
+    const int64_t blocks = (p.n + sweep_rows - 1) / sweep_rows;
+    ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes, count, blocks);
+    ahead[1] = Prefetch::of(
+        static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes, count, blocks);
+  }
+  const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0, ahead};
+  alone(team, [&] {
+    if (g.logarithms && matrix.start)
+      __builtin_memcpy(w.first, matrix.start, p.m * sizeof(T));
+    else if (g.logarithms)
+      fill(w.first, p.m, T(0));
+    else
+      first_scaling(matrix, w.first);
+  });
   Rows<T> plan{w.plan, matrix.columns}, gradient{w.gradient, matrix.columns};
   if (out.plan && !g.half()) plan = {static_cast<const T*>(out.plan) + index * p.n * p.m, p.m};
   if (!out.grad_plan)
     gradient = {w.zeros, 0};
   else if (!g.half())
     gradient = {static_cast<const T*>(out.grad_plan) + index * out.grad_batch_stride, out.grad_row_stride};
-  if (!undo_by_plan(g, w, plan, gradient, threads)) undo_by_scores(g, w, gradient, threads);
+  if (!undo_by_plan(g, w, plan, gradient, team)) undo_by_scores(g, w, gradient, team);
+  if (team.worker != 0) return;
   if (out.grad_a) __builtin_memcpy(static_cast<T*>(out.grad_a) + index * p.n, w.grad_a, p.n * sizeof(T));
   if (out.grad_b) __builtin_memcpy(static_cast<T*>(out.grad_b) + index * p.m, w.grad_b, p.m * sizeof(T));
 }
@@ -272,12 +291,20 @@ template <class T>
 static void solve(const SinkhornProblem& p, const SinkhornGradient& out, void* workspace, int threads) {
   char* base = static_cast<char*>(workspace);
   if (p.batch < threads) {
-    for (int64_t index = 0; index < p.batch; ++index) undo<T>(p, out, index, Arena{base}, threads);
+    run_team(threads, [&](const Team& team) {
+      const FlushSubnormals flush;
+      for (int64_t index = 0; index < p.batch; ++index) {
+        undo<T>(p, out, index, false, Arena{base}, threads, team);
+        team.wait();
+      }
+    });
     return;
   }
   const int64_t share = workspace_of<T>(p, 1);
   parallel_for(p.batch, threads, [&](int64_t begin, int64_t end, int worker) {
-    for (int64_t index = begin; index < end; ++index) undo<T>(p, out, index, Arena{base + worker * share}, 1);
+    const FlushSubnormals flush;
+    for (int64_t index = begin; index < end; ++index)
+      undo<T>(p, out, index, index + 1 < end, Arena{base + worker * share}, 1, Team{});
   });
 }
 

@@ -117,10 +117,9 @@ OBJSLOT_INLINE void log_columns(const Matrix<T>& matrix, const LogState<T>& stat
 }
 
 template <class T>
-OBJSLOT_INLINE void log_iteration(const Matrix<T>& matrix, const LogState<T>& state, int threads) {
-  for_chunks(matrix, threads,
-             [&](int64_t chunk, int worker) { log_rows_chunk(matrix, state, chunk, worker); });
-  log_columns(matrix, state);
+OBJSLOT_INLINE void log_iteration(const Matrix<T>& matrix, const LogState<T>& state, const Team& team) {
+  for_chunks(matrix, team, [&](int64_t chunk) { log_rows_chunk(matrix, state, chunk, team.worker); });
+  alone(team, [&] { log_columns(matrix, state); });
 }
 
 // One row of the plan, e^(row * scale + f + g), into padded memory. Scores and f nearly cancel, so they meet

@@ -11,6 +11,10 @@ namespace objslot::OBJSLOT_ISA {
 constexpr int64_t chunk_rows = 64;
 // Rows that one sweep handles together, so that weights are loaded once for all of them.
 constexpr int block = 4;
+// Rows of a sweep that does nothing but add up products.
+constexpr int64_t sweep_rows = 8;
+// A matrix up to this many bytes leaves room for the next one in a second-level cache.
+constexpr int64_t prefetch_bytes = int64_t{300} << 10;
 // A matrix above this many bytes of results is written past the caches.
 constexpr int64_t stream_bytes = int64_t{4} << 20;
 // Entries a thread should have at least: starting one costs some microseconds.
@@ -72,18 +76,29 @@ static Matrix<T> element_of(const SinkhornProblem& p, int64_t index) {
 }
 
 // Whole matrices for each thread, or all threads on one matrix where there are fewer matrices than threads.
-static int useful_threads(const SinkhornProblem& p, int threads) {
+OBJSLOT_INLINE int useful_threads(const SinkhornProblem& p, int threads) {
   const int64_t useful = p.batch * p.n * p.m / entries_per_thread;
   return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
 }
 
-// Calls visit(chunk, worker) for every chunk of rows.
+// Calls visit(chunk) for every chunk of rows of this thread's share, then waits for the team. Sweeps that turn
+// back and forth find the rows of the last turn in the cache.
 template <class T, class Visit>
-OBJSLOT_INLINE void for_chunks(const Matrix<T>& matrix, int threads, const Visit& visit) {
-  parallel_for(matrix.chunks(), threads, [&](int64_t begin, int64_t end, int worker) {
-    const FlushSubnormals flush;
-    for (int64_t chunk = begin; chunk < end; ++chunk) visit(chunk, worker);
-  });
+OBJSLOT_INLINE void for_chunks(const Matrix<T>& matrix, const Team& team, bool backwards, const Visit& visit) {
+  const int64_t begin = team.begin(matrix.chunks()), end = team.end(matrix.chunks());
+  for (int64_t chunk = begin; chunk < end; ++chunk) visit(backwards ? begin + end - 1 - chunk : chunk);
+  team.wait();
+}
+template <class T, class Visit>
+OBJSLOT_INLINE void for_chunks(const Matrix<T>& matrix, const Team& team, const Visit& visit) {
+  for_chunks(matrix, team, false, visit);
+}
+
+// What one thread does for the team.
+template <class Work>
+OBJSLOT_INLINE void alone(const Team& team, const Work& work) {
+  if (team.worker == 0) work();
+  team.wait();
 }
 
 template <class T>
@@ -97,6 +112,11 @@ struct Prefetch {
   const char* next = nullptr;
   const char* end = nullptr;
   int64_t step = 0;
+  // Spread over `sweeps` sweeps of so many blocks, but not so thin that the first rows are evicted again.
+  static OBJSLOT_INLINE_MEMBER Prefetch of(const char* data, int64_t bytes, int64_t sweeps, int64_t blocks) {
+    sweeps = sweeps < 1 ? 1 : sweeps < 3 ? sweeps : 3;
+    return {data, data + bytes, (bytes / (sweeps * blocks) + 63) / 64 * 64};
+  }
   OBJSLOT_INLINE_MEMBER void advance() {
     for (const char* stop = next + step; next < stop && next < end; next += 64)
       __builtin_prefetch(next, 0, 2);

@@ -19,6 +19,7 @@ struct Gradients {
   const SinkhornGradient& out;
   int64_t index, count;
   bool logarithms;  // the history holds potentials, not scalings
+  Prefetch* ahead;  // the plan and the gradient of the next matrix
 
   OBJSLOT_INLINE_MEMBER const T* slot(int64_t s) const {
     return static_cast<const T*>(out.history.f) + (s * p.batch + index) * p.n;
@@ -27,6 +28,10 @@ struct Gradients {
   OBJSLOT_INLINE_MEMBER const T* x(int64_t t) const { return slot(t + 1); }
   OBJSLOT_INLINE_MEMBER const T* y(int64_t t) const {
     return static_cast<const T*>(out.history.g) + (t * p.batch + index) * p.m;
+  }
+  OBJSLOT_INLINE_MEMBER void advance() const {
+    ahead[0].advance();
+    ahead[1].advance();
   }
   OBJSLOT_INLINE_MEMBER bool half() const { return sizeof(T) == 4 && matrix.element != Element::float32; }
 };
@@ -176,17 +181,19 @@ OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient
 
 template <class T>
 static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
-                     int threads) {
+                     const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns;
   const bool made = plan.base == w.plan, converted = gradient.base == w.gradient;
   const T* last_x = g.x(g.count - 1);
-  if (made) {
-    const T* last_y = g.y(g.count - 1);
-    for (int64_t j = 0; j < columns; ++j)
-      w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
-  }
-  for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
+  if (made)
+    alone(team, [&] {
+      const T* last_y = g.y(g.count - 1);
+      for (int64_t j = 0; j < columns; ++j)
+        w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
+    });
+  const int worker = team.worker;
+  for_chunks(matrix, team, [&](int64_t chunk) {
     T* sums = w.sums + chunk * columns;
     fill(sums, columns, T(0));
     Vec<T> low = broadcast(T(1));
@@ -230,21 +237,23 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
     }
     w.gaps[chunk] = -largest_lane<T>(-low) < std::numeric_limits<T>::min();
   });
-  T* total = w.scaled_g;
-  add_columns(matrix, w.sums, total);
-  for (int64_t j = 0; j < m; ++j) w.grad_g[j] += total[j];
+  alone(team, [&] {
+    T* total = w.scaled_g;
+    add_columns(matrix, w.sums, total);
+    for (int64_t j = 0; j < m; ++j) w.grad_g[j] += total[j];
+  });
 }
 
 // The same from the scores, with exponentials in every iteration: for potentials that moved far, and where
 // only their logarithms are known.
 template <class T>
-static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gradient, int threads) {
+static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gradient, const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns;
-  start(g, w);
-  multiply(g, w, Rows<T>{w.plan, columns}, gradient, threads);
+  alone(team, [&] { start(g, w); });
+  multiply(g, w, Rows<T>{w.plan, columns}, gradient, team);
   // From here on w.plan collects eps * grad_scores.
-  for_chunks(matrix, threads, [&](int64_t chunk, int) {
+  for_chunks(matrix, team, [&](int64_t chunk) {
     for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i)
       for (int64_t j = 0; j < m; j += width<T>) {
         T* entry = w.plan + i * columns + j;
@@ -268,16 +277,18 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
   };
   for (int64_t t = g.count - 1; t >= 0; --t) {
     T* share = w.right;
-    columns_of(t, w.scaled_g);
-    columns_of(t - 1, w.earlier_g);
-    for (int64_t j = 0; j < columns; ++j) {
-      share[j] = w.scaled_g[j] == nothing ? T(0) : w.grad_g[j] / (matrix.b ? matrix.b[j] : matrix.b0);
-      w.grad_b[j] += share[j];
-    }
-    for_chunks(matrix, threads, [&](int64_t chunk, int worker) {
+    alone(team, [&] {
+      columns_of(t, w.scaled_g);
+      columns_of(t - 1, w.earlier_g);
+      for (int64_t j = 0; j < columns; ++j) {
+        share[j] = w.scaled_g[j] == nothing ? T(0) : w.grad_g[j] / (matrix.b ? matrix.b[j] : matrix.b0);
+        w.grad_b[j] += share[j];
+      }
+    });
+    for_chunks(matrix, team, [&](int64_t chunk) {
       T* sums = w.sums + chunk * columns;
       fill(sums, columns, T(0));
-      T* buffer = w.rows + worker * (block + 1) * columns;
+      T* buffer = w.rows + team.worker * (block + 1) * columns;
       T* now = buffer + columns;
       T* before = now + columns;
       for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
@@ -300,10 +311,12 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
         }
       }
     });
-    add_columns(matrix, w.sums, w.grad_g);
-    for (int64_t j = 0; j < columns; ++j) w.grad_g[j] = -w.grad_g[j];
+    alone(team, [&] {
+      add_columns(matrix, w.sums, w.grad_g);
+      for (int64_t j = 0; j < columns; ++j) w.grad_g[j] = -w.grad_g[j];
+    });
   }
-  for_chunks(matrix, threads, [&](int64_t chunk, int) {
+  for_chunks(matrix, team, [&](int64_t chunk) {
     for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
       T* row = w.plan + i * columns;
       const int64_t offset = (g.index * matrix.n + i) * m;

@@ -1,7 +1,9 @@
 #include "objslot/workspace.h"
 
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -31,6 +33,24 @@ struct Kept {
 };
 thread_local Kept kept;
 
+// The results given back, the latest last.
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+struct Results {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  int64_t bytes = 0;
+};
+constexpr int64_t most_results = int64_t{128} << 20;
+
+// Never destroyed: tensors may outlive every static object.
+Results& results() {
+  static Results* const all = new Results;
+  return *all;
+}
+
 }  // namespace
 
 Workspace::Workspace(int64_t bytes) : kept_(bytes <= most_kept) {
@@ -49,6 +69,37 @@ Workspace::Workspace(int64_t bytes) : kept_(bytes <= most_kept) {
 
 Workspace::~Workspace() {
   if (!kept_) std::free(data_);
+}
+
+void* take_result(int64_t bytes) {
+  Results& all = results();
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    for (auto block = all.blocks.rbegin(); block != all.blocks.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      void* const data = block->data;
+      all.blocks.erase(std::next(block).base());
+      all.bytes -= bytes;
+      return data;
+    }
+  }
+  return allocate(bytes);
+}
+
+void give_result(void* data, int64_t bytes) {
+  Results& all = results();
+  std::vector<Block> leaving;
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.blocks.push_back({data, bytes});
+    all.bytes += bytes;
+    while (all.bytes > most_results) {
+      leaving.push_back(all.blocks.front());
+      all.bytes -= all.blocks.front().bytes;
+      all.blocks.erase(all.blocks.begin());
+    }
+  }
+  for (const Block& block : leaving) std::free(block.data);
 }
 
 void prefer_huge_pages(void* data, int64_t bytes) {

@@ -1,15 +1,19 @@
 """The compiled module objslot._native, imported at first use, or the reason why there is none."""
 
+import math
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 
 @cache
 def _import() -> tuple[ModuleType | None, str | None]:
-    # torch brings the OpenMP runtime that the module shares with it: the first one loaded is the only one.
-    import_module("torch")
+    # torch, imported above, brings the OpenMP runtime that the module shares with it: the first one loaded is
+    # the only one.
     try:
         return import_module("objslot._native"), None
     except ImportError as error:
@@ -33,6 +37,21 @@ def load() -> ModuleType | None:
             stacklevel=2,
         )
     return module
+
+
+# Smaller results are cheap to allocate; larger ones should not be kept after they are gone.
+_LEAST_KEPT, _MOST_KEPT = 1 << 19, 1 << 26
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous CPU tensor for a result: a large one reuses the memory of results that are gone.
+
+    The first write to a fresh page costs ten times what the memory costs later. At most 128 MiB are kept.
+    """
+    count = math.prod(shape)
+    if not _LEAST_KEPT <= count * dtype.itemsize <= _MOST_KEPT:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(load().ResultMemory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
 def why_not_cpu(*, device, **facts) -> str | None:

@@ -1,9 +1,12 @@
 """Sinkhorn against its definition in float64, against closed forms, and at the edges of its domain."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from objslot.ops import _backends
+from objslot.ops import _backends, _native
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn import reference, sinkhorn, sinkhorn_potentials
 
@@ -415,6 +418,44 @@ def test_compiles_in_one_graph(backend):
     wanted = loss(scores, a)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(grads, torch.autograd.grad(wanted, (scores, a)))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS or not _native.load(), reason="needs the compiled module")
+class TestMemoryOfResults:
+    SCORES = torch.randn(3, 300, 290, generator=torch.Generator().manual_seed(4))
+
+    def test_a_result_has_its_memory_for_itself(self):
+        first = sinkhorn(self.SCORES, backend="cpu")
+        kept = first.clone()
+        row = first[1]
+        others = [sinkhorn(self.SCORES + k, n_iters=1, backend="cpu") for k in range(3)]
+        del first
+        others.append(sinkhorn(self.SCORES * 0.5, backend="cpu"))
+        assert torch.equal(row, kept[1]), "a view keeps the memory"
+        assert len({other.data_ptr() for other in [row, *others]}) == 5
+
+    def test_the_memory_is_used_again(self):
+        place = sinkhorn(self.SCORES, backend="cpu").data_ptr()
+        assert sinkhorn(self.SCORES, backend="cpu").data_ptr() == place
+
+    def test_it_behaves_like_any_tensor(self):
+        plan = sinkhorn(self.SCORES, backend="cpu")
+        copy = plan.clone()
+        assert torch.equal(pickle.loads(pickle.dumps(plan)), copy)
+        plan.share_memory_()
+        assert plan.is_shared()
+        assert torch.equal(plan, copy)
+        plan.add_(1).resize_(2, 3)
+        assert torch.equal(plan, (copy + 1).flatten()[:6].view(2, 3))
+
+    def test_threads_may_take_and_give_at_once(self):
+        def work(seed):
+            scores = self.SCORES + seed / 10
+            wanted = reference.sinkhorn(scores, eps=1.0)[0]
+            return all(torch.allclose(sinkhorn(scores, eps=1.0, backend="cpu"), wanted) for _ in range(20))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4)))
 
 
 def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch):

@@ -24,4 +24,10 @@ class Workspace {
 // fifth.
 void prefer_huge_pages(void* data, int64_t bytes);
 
+// Memory of a large result, aligned to a page, from the results that were given back or else from the system:
+// the pages of a fresh one take as long to come as the kernels to run. A few of the latest are kept; any thread
+// may call both.
+void* take_result(int64_t bytes);
+void give_result(void* data, int64_t bytes);
+
 }  // namespace objslot

@@ -11,13 +11,13 @@ from objslot.ops._arithmetic import compute_dtype
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
-def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, plan=None):
-    """The results of the op by name; None for what is not asked for. `plan` is memory to write the plan to."""
+def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error):
+    """The results of the op by name; None for what is not asked for."""
     *batch, n, m = scores.shape
     dtype = compute_dtype(scores.dtype)
     scores, a, b, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     found = {
-        "plan": torch.empty((*batch, n, m), dtype=scores.dtype) if store_plan and plan is None else plan,
+        "plan": _native.empty((*batch, n, m), scores.dtype) if store_plan else None,
         "f": None if store_plan else torch.empty((*batch, n), dtype=dtype),
         "g": None if store_plan else torch.empty((*batch, m), dtype=dtype),
         "error": torch.empty(batch, dtype=dtype) if return_error else None,
@@ -37,7 +37,7 @@ def backward(grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, hi
     scores, a_rows, b_rows, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     grad_plan = None if grad_plan is None else _rows(grad_plan)
     grad_f, grad_g = (None if t is None else t.contiguous() for t in (grad_f, grad_g))
-    grad_scores = torch.empty(shape, dtype=scores.dtype)
+    grad_scores = _native.empty(shape, scores.dtype)
     grad_a = None if a is None else torch.empty(a.shape, dtype=a.dtype)
     grad_b = None if b is None else torch.empty(b.shape, dtype=b.dtype)
     _native.load().sinkhorn_backward(

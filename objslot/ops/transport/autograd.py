@@ -52,7 +52,7 @@ class _Reference:
 
     @staticmethod
     def forward(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
-        return reference.sinkhorn_transport(
+        return reference.transport(
             x, y, values, a, b, start, eps=eps, n_iters=n_iters, tol=tol, similarity=similarity
         )
 
@@ -74,7 +74,7 @@ def differentiable_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, 
             inputs = [None if t is None else t.detach() for t in inputs]
         # A fresh view, so that only this call's graph is walked, wherever the inputs came from.
         leaves = [None if t is None else (t.view_as(t) if t.requires_grad else t.requires_grad_()) for t in inputs]
-        out, _ = reference.sinkhorn_transport(
+        out = reference.sinkhorn_transport(
             *leaves, start, eps=eps, n_iters=n_iters, tol=tol, similarity=similarity
         )
         wanted = [t for t in leaves if t is not None]

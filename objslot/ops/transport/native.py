@@ -1,6 +1,6 @@
-"""Transport on the CPU: products by PyTorch, everything between them by the compiled Sinkhorn kernels.
+"""Transport on the CPU: products of tokens by PyTorch, everything else by the compiled kernels.
 
-Scores and plans exist for a few elements of the batch at a time, no more than fit a cache.
+Scores exist for a few elements of the batch at a time, no more than fit a cache, and so do the plans that are made.
 """
 
 import math
@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from objslot.ops import _native
 from objslot.ops._arithmetic import SHORTEST, compute_dtype
 from objslot.ops.sinkhorn import native as sinkhorn
 
@@ -64,28 +65,85 @@ def backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity):
 
 
 def alignment(tokens, values, masses, eps, n_iters, similarity):
-    """Both directions of a pair of frames from one product."""
+    """Both directions of a pair of frames from one product and one kernel matrix; no plan is made."""
     frames, n = tokens.shape[-3:-1]
-    firsts = [i for i in range(frames) for j in range(i + 1, frames)]
-    seconds = [j for i in range(frames) for j in range(i + 1, frames)]
-    out = torch.zeros(values.shape, dtype=compute_dtype(values.dtype))
-    if not firsts or not out.numel():
+    dtype = compute_dtype(values.dtype)
+    out = torch.zeros(values.shape, dtype=dtype)
+    if frames < 2 or not out.numel():
         return out.to(values.dtype)
-    clips = [_flat(t, trailing) for t, trailing in ((tokens, 3), (values, 3), (out, 3))]
-    flat_masses = None if masses is None else _flat(masses, 2)
-    rows, columns = torch.tensor(firsts + seconds), torch.tensor(seconds + firsts)
-    # One memory for all clips: a fresh page costs more than what is written to it.
-    scores, plan = (torch.empty(2 * len(firsts), n, n, dtype=out.dtype) for _ in range(2))
-    for clip in range(clips[0].shape[0]):
-        features, moved = (t[clip].to(out.dtype) for t in clips[:2])
-        if similarity == "cosine":
-            features = _unit(features)[0]
-        torch.bmm(features[firsts], features[seconds].mT, out=scores[: len(firsts)])
-        scores[len(firsts) :] = scores[: len(firsts)].mT
-        a, b = (None, None) if masses is None else (flat_masses[clip][rows], flat_masses[clip][columns])
-        sinkhorn.forward(scores, a, b, None, eps, n_iters, None, False, True, False, plan)
-        clips[2][clip].index_add_(0, rows, plan @ moved[columns])
+    firsts, seconds = _pairs(frames)
+    clip_tokens, clip_values, clip_out = (_flat(t, 3) for t in (tokens, values, out))
+    clip_masses = None if masses is None else _flat(masses, 2)
+    # As many clips at a time as keep all threads busy, and as keep what lies between in the cache.
+    step = max(1, min(2 * torch.get_num_threads() // len(firsts), BLOCK_ENTRIES // (len(firsts) * n * n)))
+    for start in range(0, len(clip_out), step):
+        block = slice(start, start + step)
+        x, v = (t[block].to(dtype).contiguous() for t in (clip_tokens, clip_values))
+        mass = None if masses is None else clip_masses[block].contiguous()
+        _align(x, v, mass, firsts, seconds, eps, n_iters, similarity, clip_out[block])
     return out.to(values.dtype)
+
+
+def _pairs(frames: int) -> tuple[Tensor, Tensor]:
+    """The unordered pairs of frames; those as far apart as each other stand together."""
+    gaps = range(1, frames)
+    firsts = torch.cat([torch.arange(frames - gap) for gap in gaps])
+    return firsts, torch.cat([torch.arange(gap, frames) for gap in gaps])
+
+
+def _align(x, values, masses, firsts, seconds, eps, n_iters, similarity, out):
+    """Adds to `out` (clips, t, n, c) what every frame gets from the others."""
+    clips, frames, n, features = x.shape
+    native = _native.load()
+    by_tokens = similarity == "cosine" and x.dtype == torch.float32 and native.multiplies_tokens()
+    scores = None if by_tokens else _pair_scores(x, similarity)
+    offsets = frames * torch.arange(clips).unsqueeze(-1)
+    rows, columns = ((t + offsets).flatten() for t in (firsts, seconds))
+    moved = torch.empty(2, len(rows), *values.shape[-2:], dtype=x.dtype)
+    lost = torch.empty(len(rows), dtype=torch.uint8)
+    native.transport_pairs(
+        x.dtype == torch.float64,
+        *(0 if t is None else t.data_ptr() for t in (scores, x if by_tokens else None)),
+        (clips * frames, features),
+        SHORTEST,
+        *(0 if t is None else t.data_ptr() for t in (values, masses, rows, columns)),
+        (len(rows), n, values.shape[-1]),
+        eps,
+        n_iters,
+        *(t.data_ptr() for t in (*moved, lost)),
+        torch.get_num_threads(),
+    )
+    values, out = values.flatten(0, 1), out.flatten(0, 1)
+    masses = None if masses is None else masses.flatten(0, 1)
+    if lost.any():
+        if scores is None:
+            scores = _pair_scores(x, similarity)
+        for pair in lost.nonzero().flatten():
+            moved[0, pair] = _one_way(scores[pair], values, masses, rows[pair], columns[pair], eps, n_iters)
+            moved[1, pair] = _one_way(scores[pair].mT, values, masses, columns[pair], rows[pair], eps, n_iters)
+    out.index_add_(0, rows, moved[0]).index_add_(0, columns, moved[1])
+
+
+def _pair_scores(x: Tensor, similarity: str) -> Tensor:
+    """Scores (clips * pairs, n, n) in the order of `_pairs`, clip by clip."""
+    clips, frames, n, _ = x.shape
+    if similarity == "cosine":
+        x = _unit(x)[0]
+    scores = x.new_empty(clips, frames * (frames - 1) // 2, n, n)
+    for clip in range(clips):
+        start = 0
+        for gap in range(1, frames):
+            # Views, where the pairs in the order of itertools would be copies.
+            torch.bmm(x[clip, :-gap], x[clip, gap:].mT, out=scores[clip, start : start + frames - gap])
+            start += frames - gap
+    return scores.flatten(0, 1)
+
+
+def _one_way(scores, values, masses, target, source, eps, n_iters):
+    """What frame `target` gets from `source`, by the kernel that knows logarithms."""
+    a, b = (None, None) if masses is None else (masses[target : target + 1], masses[source : source + 1])
+    plan = sinkhorn.forward(scores.unsqueeze(0), a, b, None, eps, n_iters, None, False, True, False)["plan"]
+    return plan[0] @ values[source]
 
 
 def _blocks(x, y, values, a, b, start):

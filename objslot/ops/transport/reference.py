@@ -23,7 +23,12 @@ def similarity_scores(x: Tensor, y: Tensor, similarity: str) -> Tensor:
     return x @ y.mT
 
 
-def sinkhorn_transport(
+def sinkhorn_transport(*tensors: Tensor | None, **settings) -> Tensor:
+    """plan @ values (..., n, c); arguments as in `transport`."""
+    return transport(*tensors, **settings)[0]
+
+
+def transport(
     x: Tensor,
     y: Tensor,
     values: Tensor,
@@ -58,7 +63,7 @@ def alignment(
         row = torch.zeros_like(values[..., i, :, :])
         for j in frames:
             if i != j:
-                moved, _ = sinkhorn_transport(
+                row = row + sinkhorn_transport(
                     tokens[..., i, :, :],
                     tokens[..., j, :, :],
                     values[..., j, :, :],
@@ -68,6 +73,5 @@ def alignment(
                     n_iters=n_iters,
                     similarity=similarity,
                 )
-                row = row + moved
         rows.append(row)
     return torch.stack(rows, -3)

@@ -1,0 +1,62 @@
+// Sinkhorn transport between pairs of frames, and the memory of large results.
+#include "bindings.h"
+#include "objslot/transport.h"
+#include "objslot/workspace.h"
+
+namespace py = pybind11;
+
+namespace objslot {
+
+namespace {
+
+// Memory of one result, handed to Python through the buffer protocol.
+class ResultMemory {
+ public:
+  explicit ResultMemory(int64_t bytes) : bytes_(bytes), data_(take_result(bytes)) {}
+  ~ResultMemory() { give_result(data_, bytes_); }
+  ResultMemory(const ResultMemory&) = delete;
+  ResultMemory& operator=(const ResultMemory&) = delete;
+  py::buffer_info info() const {
+    return py::buffer_info(data_, 1, py::format_descriptor<unsigned char>::format(), bytes_);
+  }
+
+ private:
+  int64_t bytes_;
+  void* data_;
+};
+
+}  // namespace
+
+void bind_transport(py::module_& module) {
+  using Address = std::uintptr_t;
+  py::class_<ResultMemory>(module, "ResultMemory", py::buffer_protocol())
+      .def(py::init([](int64_t bytes) {
+        if (bytes < 1) throw std::invalid_argument("ResultMemory: expected at least one byte");
+        return new ResultMemory(bytes);
+      }))
+      .def_buffer(&ResultMemory::info);
+  module.def("multiplies_tokens", &multiplies_tokens, "Whether transport_pairs can do without scores.");
+  module.def(
+      "transport_pairs",
+      [](bool wide, Address scores, Address tokens, std::array<int64_t, 2> layout, double shortest, Address values, Address masses, Address firsts, Address seconds,
+         std::array<int64_t, 3> sizes, double eps, int64_t n_iters, Address forth, Address back, Address lost,
+         int threads) {
+        const auto [pairs, n, channels] = sizes;
+        if (pairs < 0 || n < 1 || channels < 1 || n_iters < 1)
+          throw std::invalid_argument("transport_pairs: sizes out of range");
+        const auto [frames, features] = layout;
+        if (frames < 1 || features < 1) throw std::invalid_argument("transport_pairs: sizes out of range");
+        const bool some = pairs > 0;
+        transport_pairs({wide, pointer<const float>("scores", scores, some && tokens == 0),
+                         pointer<const float>("tokens", tokens, false), frames, features, shortest,
+                         pointer<const float>("values", values, some),
+                         pointer<const float>("masses", masses, false), pointer<const int64_t>("firsts", firsts, some),
+                         pointer<const int64_t>("seconds", seconds, some), pairs, n, channels, eps, n_iters},
+                        {pointer<float>("forth", forth, some), pointer<float>("back", back, some),
+                         pointer<unsigned char>("lost", lost, some)},
+                        threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace objslot
