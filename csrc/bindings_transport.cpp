@@ -38,23 +38,46 @@ void bind_transport(py::module_& module) {
   module.def("multiplies_tokens", &multiplies_tokens, "Whether transport_pairs can do without scores.");
   module.def(
       "transport_pairs",
-      [](bool wide, Address scores, Address tokens, std::array<int64_t, 2> layout, double shortest, Address values, Address masses, Address firsts, Address seconds,
-         std::array<int64_t, 3> sizes, double eps, int64_t n_iters, Address forth, Address back, Address lost,
-         int threads) {
+      [](bool wide, Address scores, Address tokens, std::array<int64_t, 2> layout, double shortest, Address values,
+         Address masses, Address firsts, Address seconds, std::array<int64_t, 3> sizes, double eps, int64_t n_iters,
+         Address forth, Address back, Address lost, int threads) {
         const auto [pairs, n, channels] = sizes;
-        if (pairs < 0 || n < 1 || channels < 1 || n_iters < 1)
-          throw std::invalid_argument("transport_pairs: sizes out of range");
         const auto [frames, features] = layout;
-        if (frames < 1 || features < 1) throw std::invalid_argument("transport_pairs: sizes out of range");
+        if (pairs < 0 || n < 1 || channels < 1 || n_iters < 1 || frames < 1 || features < 1)
+          throw std::invalid_argument("transport_pairs: sizes out of range");
+        if (scores == 0 && (wide || tokens == 0 || !multiplies_tokens()))
+          throw std::invalid_argument("transport_pairs: expected scores");
+        const int64_t bytes = wide ? 8 : 4;
+        check_dense("scores", scores, bytes, {pairs, n, n});
+        check_dense("tokens", tokens, bytes, {frames, n, features});
+        check_dense("values", values, bytes, {frames, n, channels});
+        check_dense("masses", masses, bytes, {frames, n});
+        check_dense("forth", forth, bytes, {pairs, n, channels});
+        check_dense("back", back, bytes, {pairs, n, channels});
         const bool some = pairs > 0;
-        transport_pairs({wide, pointer<const float>("scores", scores, some && tokens == 0),
-                         pointer<const float>("tokens", tokens, false), frames, features, shortest,
-                         pointer<const float>("values", values, some),
-                         pointer<const float>("masses", masses, false), pointer<const int64_t>("firsts", firsts, some),
-                         pointer<const int64_t>("seconds", seconds, some), pairs, n, channels, eps, n_iters},
-                        {pointer<float>("forth", forth, some), pointer<float>("back", back, some),
-                         pointer<unsigned char>("lost", lost, some)},
-                        threads);
+        const int64_t* rows = pointer<const int64_t>("firsts", firsts, some);
+        const int64_t* columns = pointer<const int64_t>("seconds", seconds, some);
+        for (int64_t pair = 0; pair < pairs; ++pair)
+          if (rows[pair] < 0 || rows[pair] >= frames || columns[pair] < 0 || columns[pair] >= frames)
+            throw std::invalid_argument("transport_pairs: a frame out of range");
+        const PairsProblem problem{wide,
+                                   elements("scores", scores, bytes, false),
+                                   pointer<const float>("tokens", tokens, false),
+                                   frames,
+                                   features,
+                                   shortest,
+                                   elements("values", values, bytes, some),
+                                   elements("masses", masses, bytes, false),
+                                   rows,
+                                   columns,
+                                   pairs,
+                                   n,
+                                   channels,
+                                   eps,
+                                   n_iters};
+        const PairsResult result{elements("forth", forth, bytes, some), elements("back", back, bytes, some),
+                                 pointer<unsigned char>("lost", lost, some)};
+        transport_pairs(problem, result, checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
 }
