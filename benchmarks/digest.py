@@ -38,14 +38,14 @@ class Digest:
         parts = [
             self._origin(),
             self._picture(),
-            "Milliseconds of objslot, and how many times longer the peers took: PyTorch in eager mode / the fastest "
-            f"compiled with `torch.compile`. float32, {self.threads} threads.",
+            "Medians of objslot, and how many times as long peers took that compute the same: PyTorch in eager mode "
+            f"/ the fastest of `torch.compile`. float32, {self.threads} threads.",
             _markdown(("", "forward", "eager / compiled", "forward + backward", "eager / compiled"), self._rows()),
             self._slower(),
             self._training(),
             self._memory(),
             self._scaling(),
-            "Every peer, spread, dtype and single thread: [docs/benchmarks.md](docs/benchmarks.md).",
+            "The sizes' meaning, every peer, spread, dtype and thread count: [docs/benchmarks.md](docs/benchmarks.md).",
         ]
         return "\n\n".join(part for part in parts if part)
 

@@ -31,7 +31,7 @@ def bars(rows: Sequence[tuple[str, float, float | None]], theme: str) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LABELS + PLOT + 60} {height}" '
         'font-family="system-ui, sans-serif">',
-        text(LABELS, 16, "times faster than PyTorch, float32; the widest pass"),
+        text(LABELS, 16, "times faster than PyTorch, float32, forward and backward where there is one"),
     ]
     for x, kind, words in ((LABELS, "eager", "eager"), (LABELS + 80, "compiled", "fastest compiled")):
         lines.append(f'<rect x="{x}" y="26" width="10" height="10" fill="{colours[kind]}"/>')

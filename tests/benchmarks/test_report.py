@@ -71,6 +71,31 @@ def test_an_op_that_is_wrong_shows_its_status_in_place_of_a_time(report):
     assert "| sinkhorn 2 x 3 | wrong | – / – |" in text
 
 
+def test_memory_growth_and_training_tables(report):
+    step = {"operation": "training_step", "sizes": {"clips": 2, "frames": 4, "pixels": 256}}
+    whole = {"mode": "whole step, encoder frozen", **step}
+    points = [{"size": 1, "seconds": 1.0, "peak_bytes": 1}, {"size": 9, "seconds": 9.0, "peak_bytes": 9}]
+    text = digest(
+        report,
+        OURS,
+        record("objslot", 0.5, **whole),
+        record("authors' formulation", 1.0, ratio=2.0, **whole),
+        record("objslot", 0.1, **step | {"mode": "losses"}),
+        record("authors' formulation", 0.3, ratio=3.0, **step | {"mode": "losses"}),
+        record("objslot", 1, **whole) | {"kind": "memory", "peak_bytes": 64 << 20},
+        record("objslot", 1) | {"kind": "memory", "peak_bytes": 3 << 20},
+        record("log, eager", 1) | {"kind": "memory", "peak_bytes": 9 << 20},
+        record("objslot", 1) | {
+            "kind": "scaling", "axis": "rows", "points": points, "time_exponent": 1.96, "memory_exponent": None,
+        },
+    ).section()  # fmt: skip
+    assert "A training step (2 clips of 4 frames, 256 pixels, ViT-S/16, 2 threads)" in text
+    assert "| whole step, encoder frozen | 500 ms | 16.0 | 64.0 MiB | 1 s | 8.0 |  | 2.00x |" in text
+    assert "| losses | 100 ms |  |  | 300 ms |  |  | 3.00x |" in text
+    assert "| sinkhorn 2 x 3 | 3.0 MiB | log, eager 9.0 MiB |" in text
+    assert "| sinkhorn | rows 1 to 9 | objslot | 1.96 |  |" in text
+
+
 def test_pictures_for_both_backgrounds(report):
     from xml.etree import ElementTree
 
