@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from objslot.data import Video
 from objslot.data.segmentation import VideoSegmentation
-from objslot.inference.regions import Progress, StatisticsSum, VideoRegions, encode_video
+from objslot.inference.regions import Progress, RegionSum, VideoRegions, encode_video
 from objslot.inference.segment import to_segmentation
 from objslot.models.encoder import Encoder, FrameFeatures
 
@@ -116,13 +116,12 @@ def _clustered(
     centres, _ = kmeans2(sample.numpy(), clusters, iter=30, minit="++", seed=generator)
     centres = torch.from_numpy(centres)
     spread = torch.cdist(sample, centres).min(dim=1).values.square().mean().clamp(min=1e-12)
-    statistics, masks = StatisticsSum(), []
+    collected = RegionSum()
     for t, frame in enumerate(features):
         distance = torch.cdist(frame.float(), centres).square() / spread
         mask = (-distance).softmax(-1).T.unflatten(-1, grid)[None]
-        statistics.add(mask, described[t : t + 1].float())
-        masks.append(mask.half())
-    return VideoRegions(torch.cat(masks), statistics.result(), torch.arange(clusters))
+        collected.add(mask, described[t : t + 1].float())
+    return collected.result(torch.arange(clusters))
 
 
 def _shrink(frame: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from objslot import assign
 from objslot.data import MEAN, STD, Video
 from objslot.errors import UserError
+from objslot.inference.contrast import BorderContrast, border
+from objslot.inference.spool import MaskSpool
 from objslot.models.encoder import Encoder, FrameFeatures
 
 CHUNK = 8
@@ -29,6 +32,9 @@ class RegionStatistics(NamedTuple):
     """(R, D): mean of the region's features of unit length."""
     border: Tensor
     """(R,): share of the region that lies on the border of the frame."""
+    contrast: Tensor
+    """(R,): mean of the region's contrast to the border, 0 for the typical position of the video, 1 for its most
+    salient ones."""
 
 
 class VideoRegions(NamedTuple):
@@ -39,40 +45,55 @@ class VideoRegions(NamedTuple):
     statistics: RegionStatistics
     semantics: Tensor
     """(R,): the semantics that a region is an instance of."""
+    contrast: Sequence[Tensor]
+    """For each of T frames (1, h, w), half precision: contrast to the border, see `BorderContrast`."""
+    contrast_range: tuple[float, float]
+    """The contrast of the video's typical position and of its most salient ones."""
 
 
-class StatisticsSum:
-    """Collects `RegionStatistics` frame by frame.
+class RegionSum:
+    """Collects the regions of a video chunk by chunk: their masks, their contrast and what is known of them.
 
     Every figure is linear in the masks, so one pass over the video is enough.
+
+    Args:
+        spool_in: where what is too large for memory is kept, see `MaskSpool`.
     """
 
-    def __init__(self):
-        self._mass = self._feature = self._border = None
+    def __init__(self, spool_in: Path | None = None):
+        self._masks, self._contrast, self._measure = MaskSpool(spool_in), MaskSpool(spool_in), BorderContrast()
+        self._mass = self._feature = self._border = self._contrasts = None
         self._positions = 0
 
     def add(self, masks: Tensor, features: Tensor):
         """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length."""
+        contrast = self._measure(features, tuple(masks.shape[-2:]))
+        self._masks.append(masks)
+        self._contrast.append(contrast[:, None])
         flat = masks.flatten(2).double()
-        border = _border(masks.shape[-2:]).to(flat)
         parts = {
             "_mass": flat.sum((0, 2)),
             "_feature": torch.einsum("trp,tpd->rd", flat, features.double()),
-            "_border": flat.sum(0) @ border,
+            "_border": flat.sum(0) @ border(masks.shape[-2:]).to(flat),
+            "_contrasts": torch.einsum("trp,tp->r", flat, contrast.flatten(1).double()),
         }
         for name, value in parts.items():
             held = getattr(self, name)
             setattr(self, name, value if held is None else held + value)
         self._positions += flat.shape[0] * flat.shape[2]
 
-    def result(self) -> RegionStatistics:
-        """The statistics of all frames added so far."""
+    def result(self, semantics: Tensor) -> VideoRegions:
+        """The regions of all frames added so far, instances of `semantics` (R,)."""
         mass = self._mass.clamp(min=1e-12)
-        return RegionStatistics(
-            mass=(self._mass / self._positions).float(),
-            feature=(self._feature / mass[:, None]).float(),
-            border=(self._border / mass).float(),
+        low, high = self._measure.range()
+        statistics = RegionStatistics(
+            mass=self._mass / self._positions,
+            feature=self._feature / mass[:, None],
+            border=self._border / mass,
+            contrast=(self._contrasts / mass - low) / (high - low),
         )
+        statistics = RegionStatistics(*(part.float().cpu() for part in statistics))
+        return VideoRegions(self._masks, statistics, semantics, self._contrast, (low, high))
 
 
 def encode_video(
@@ -147,13 +168,3 @@ class InstanceLinker:
         linked = torch.take_along_dim(slots, index[..., None], dim=1)
         self._prototypes = F.normalize(torch.lerp(linked, self._prototypes, self._momentum), dim=-1)
         return index
-
-
-def _border(size: tuple[int, int]) -> Tensor:
-    """(h * w,): 1 on the left, right and upper border of the grid.
-
-    The lower border does not count: objects that stand on the ground in front of the camera reach it.
-    """
-    edge = torch.zeros(size)
-    edge[0] = edge[:, 0] = edge[:, -1] = 1
-    return edge.flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,11 @@ from objslot.errors import UserError
 from objslot.inference.regions import (
     InstanceLinker,
     Progress,
-    StatisticsSum,
+    RegionSum,
     VideoRegions,
     encode_video,
 )
-from objslot.inference.selection import select
-from objslot.inference.spool import MaskSpool
+from objslot.inference.selection import figure_evidence, select, select_figure
 from objslot.models import SMTC
 from objslot.models.encoder import FrameFeatures
 
@@ -92,14 +91,15 @@ def model_regions(
     """
     instances = model.config.instances if instances is None else instances
     semantics = model.config.slots
-    if semantics * instances > _LARGEST_PARTITION:
+    # A drawing may hold what is left of every semantics beside its instances.
+    if semantics * (instances + 1) > _LARGEST_PARTITION:
         raise UserError(
             f"instances: got {instances} of each of {semantics} semantics, expected at most "
-            f"{_LARGEST_PARTITION // semantics}, for {_LARGEST_PARTITION} regions in all"
+            f"{_LARGEST_PARTITION // semantics - 1}, for {_LARGEST_PARTITION} regions in all"
         )
     was_training = model.training
     model.eval()
-    link, statistics, masks, previous = InstanceLinker(), StatisticsSum(), MaskSpool(spool_in), None
+    link, collected, previous = InstanceLinker(), RegionSum(spool_in), None
     try:
         short_side = min(model.frame_size) if resolution is None else resolution
         if features is None:
@@ -115,16 +115,10 @@ def model_regions(
             joint = torch.take_along_dim(joint, index[..., None], dim=2)
             joint = joint.flatten(1, 2).unflatten(-1, chunk.grid).float()
             keys = F.normalize(chunk.keys[0].float(), dim=-1)
-            statistics.add(joint, keys)
-            masks.append(joint)
+            collected.add(joint, keys)
     finally:
         model.train(was_training)
-    collected = statistics.result()
-    return VideoRegions(
-        masks,
-        type(collected)(*(part.cpu() for part in collected)),
-        torch.arange(semantics).repeat_interleave(instances),
-    )
+    return collected.result(torch.arange(semantics).repeat_interleave(instances))
 
 
 @dataclass(frozen=True)
@@ -135,26 +129,41 @@ class RegionDrawing:
     foreground: tuple[int, ...]
     scores: Mapping[int, float]
     size: tuple[int, int]
-    _masks: Sequence[Tensor]
+    _regions: VideoRegions
     _table: np.ndarray
+    _figure: bool
 
     @property
     def n_frames(self) -> int:
         """Number of frames T."""
-        return len(self._masks)
+        return len(self._regions.masks)
 
     def frame(self, t: int) -> FrameLabels:
         """The index maps of frame t, at the size of the video."""
-        partition = strongest_region(self._masks[t], self.size).numpy()
+        masks = self._regions.masks[t]
+        partition = strongest_region(masks, self.size).numpy()
+        if self._figure:
+            evidence = F.interpolate(
+                figure_evidence(self._regions, t, masks)[None, None], self.size, mode="bilinear", align_corners=False
+            )
+            ground = evidence[0, 0].numpy() < 0
+            left_over = len(masks) + 1 + self._regions.semantics.numpy().astype(np.uint8)
+            partition[ground] = left_over[partition[ground] - 1]
         return FrameLabels(self._table[partition], partition)
 
 
 def draw_regions(regions: VideoRegions, video: Video, *, merge_foreground: bool = False) -> RegionDrawing:
-    """Select tracks among the regions, to be drawn frame by frame at the size of the video."""
-    selection = select(regions.statistics, regions.semantics, merge_foreground=merge_foreground)
+    """Select tracks among the regions, to be drawn frame by frame at the size of the video.
+
+    With `merge_foreground` figure and ground are told apart position by position (`figure_evidence`): the figure is
+    track 1, and what remains of each semantics a track of its own. The partition then holds the instances inside the
+    figure and, numbered after them, the semantics outside it.
+    """
+    choose = select_figure if merge_foreground else select
+    selection = choose(regions.statistics, regions.semantics)
     table = np.concatenate([[0], selection.track.numpy()]).astype(np.uint8)
     return RegionDrawing(
-        video.name, selection.foreground, selection.scores, video.size, regions.masks, table
+        video.name, selection.foreground, selection.scores, video.size, regions, table, merge_foreground
     )
 
 

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from objslot.data.segmentation import MAX_TRACKS
-from objslot.inference.regions import RegionStatistics
+from objslot.inference.regions import RegionStatistics, VideoRegions
 
 _LEAST_MASS = 1e-4
 """Regions under this share of the video are never foreground: they own no position for certain."""
 _THRESHOLD = 0.2
 """Where foreground starts, between the typical position (0) and the most salient region (1)."""
-_SINGLE_THRESHOLD = 0.6
-"""The same where there is one object to find: what stands out less is not it."""
+_FIGURE_THRESHOLD = 0.5
+"""Where the one object starts, between the typical contrast to the border (0) and that of the most salient positions
+(1)."""
 
 
 class Selection(NamedTuple):
@@ -46,35 +47,63 @@ def salience(statistics: RegionStatistics) -> Tensor:
     return (salient - typical) / (salient.max() - typical).clamp(min=1e-6)
 
 
-def select(statistics: RegionStatistics, semantics: Tensor, *, merge_foreground: bool = False) -> Selection:
-    """Tracks of the regions (R,), which are instances of `semantics` (R,).
+def select(statistics: RegionStatistics, semantics: Tensor) -> Selection:
+    """Tracks of the regions (R,), which are instances of `semantics` (R,), where there may be several objects.
 
-    Background instances of one semantics are one track; each foreground region is a track of its own, or all are
-    one with `merge_foreground`, the convention of data sets with a single object. At most `MAX_TRACKS` tracks
-    remain, the foreground first and then the largest.
+    Background instances of one semantics are one track; each foreground region is a track of its own. At most
+    `MAX_TRACKS` tracks remain, the foreground first and then the largest.
     """
     salient = salience(statistics)
-    threshold = _SINGLE_THRESHOLD if merge_foreground else _THRESHOLD
-    foreground = (salient > threshold) & (statistics.mass > _LEAST_MASS)
-    if merge_foreground:
-        groups = torch.where(foreground, -1, semantics)
-    else:
-        groups = torch.where(foreground, -1 - torch.arange(len(semantics)), semantics)
+    foreground = (salient > _THRESHOLD) & (statistics.mass > _LEAST_MASS)
+    groups = torch.where(foreground, -1 - torch.arange(len(semantics)), semantics)
     names, group = groups.unique(return_inverse=True)
     n_groups = len(names)
     mass = torch.zeros(n_groups).index_add_(0, group, statistics.mass)
     weighted = torch.zeros(n_groups).index_add_(0, group, statistics.mass * salient)
     score = weighted / mass.clamp(min=1e-12)
     is_foreground = names < 0
-    rank = torch.where(is_foreground, 2 + score, mass)
-    order = rank.argsort(descending=True)[:MAX_TRACKS]
-    number = torch.zeros(n_groups, dtype=torch.long)
-    number[order] = torch.arange(1, len(order) + 1)
+    number, order = _numbered(torch.where(is_foreground, 2 + score, mass))
     return Selection(
         track=number[group],
         foreground=tuple(int(number[g]) for g in order if is_foreground[g]),
         scores={int(number[g]): float(score[g]) for g in order},
     )
+
+
+def select_figure(statistics: RegionStatistics, semantics: Tensor) -> Selection:
+    """Tracks where there is one object: the figure, and what each semantics has outside it.
+
+    The tracks are those of R + N labels: the R regions inside the figure, all track 1, then the N semantics outside
+    it, of which the largest remain. Which positions are figure says `figure_evidence`.
+    """
+    n_semantics = int(semantics.max()) + 1
+    mass = torch.zeros(n_semantics).index_add_(0, semantics, statistics.mass)
+    weighted = torch.zeros(n_semantics).index_add_(0, semantics, statistics.mass * statistics.contrast)
+    contrast = weighted / mass.clamp(min=1e-12)
+    number, order = _numbered(torch.cat([mass.new_full((1,), 2.0), mass]))
+    track = torch.cat([number[:1].expand(len(semantics)), number[1:]])
+    scores = {int(number[g]): float(contrast[g - 1]) for g in order if g > 0}
+    return Selection(track, (1,), {1: 1.0, **scores})
+
+
+def figure_evidence(regions: VideoRegions, t: int, masks: Tensor) -> Tensor:
+    """(h, w) evidence that a position of frame t, with `masks` (R, h, w), belongs to the object: above 0 it does.
+
+    The mean of two opinions on how much it contrasts with the border of the video, its own and that of the regions it
+    lies in: alone, a position sees no further than its patch, and a region may hold more than the object.
+    """
+    low, high = regions.contrast_range
+    own = (regions.contrast[t][0].float() - low) / (high - low)
+    shared = torch.tensordot(regions.statistics.contrast, masks.float(), 1)
+    return (own + shared) / 2 - _FIGURE_THRESHOLD
+
+
+def _numbered(rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Track numbers from 1 by falling rank, 0 for those that are too many; and the ranked, in that order."""
+    order = rank.argsort(descending=True)[:MAX_TRACKS]
+    number = torch.zeros(len(rank), dtype=torch.long)
+    number[order] = torch.arange(1, len(order) + 1)
+    return number, order
 
 
 def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -4,18 +4,21 @@ from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.inference import regions
-from objslot.inference.regions import InstanceLinker, StatisticsSum, encode_video, frame_size
+from objslot.inference.regions import InstanceLinker, RegionSum, encode_video, frame_size
 from objslot.inference.segment import model_regions
 
 
 def test_statistics_are_those_of_the_whole_video():
     torch.manual_seed(0)
     masks = torch.rand(5, 3, 2, 4).softmax(1)
-    features = torch.randn(5, 8, 6)
-    collected = StatisticsSum()
+    features = F.normalize(torch.randn(5, 8, 6), dim=-1)
+    collected = RegionSum()
     collected.add(masks[:2], features[:2])
     collected.add(masks[2:], features[2:])
-    found = collected.result()
+    video = collected.result(torch.tensor([0, 0, 1]))
+    found = video.statistics
+    contrast = torch.stack(list(video.contrast))[:, 0].float()
+    low, high = video.contrast_range
 
     weights = masks.flatten(2)
     torch.testing.assert_close(found.mass, weights.mean((0, 2)))
@@ -24,6 +27,8 @@ def test_statistics_are_those_of_the_whole_video():
         torch.testing.assert_close(found.feature[region], (share[..., None] * features).sum((0, 1)))
         inner = share.view(5, 2, 4)[:, 1, 1:3].sum()
         torch.testing.assert_close(found.border[region], 1 - inner)
+        own = ((share.view(5, 2, 4) * contrast).sum() - low) / (high - low)
+        torch.testing.assert_close(found.contrast[region], own, rtol=1e-2, atol=1e-2)
 
 
 def test_linker_follows_instances_that_swap_places():
@@ -70,5 +75,5 @@ def test_regions_do_not_depend_on_the_chunks(model, video, monkeypatch):
 
 
 def test_too_many_instances_are_refused(model, video):
-    with pytest.raises(UserError, match="instances: got 86 of each of 3 semantics, expected at most 85"):
+    with pytest.raises(UserError, match="instances: got 86 of each of 3 semantics, expected at most 84"):
         model_regions(model, video, instances=86)

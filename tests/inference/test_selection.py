@@ -1,13 +1,14 @@
 import torch
 
-from objslot.inference.regions import RegionStatistics
-from objslot.inference.selection import salience, select
+from objslot.inference.regions import RegionStatistics, VideoRegions
+from objslot.inference.selection import figure_evidence, salience, select, select_figure
 
 
-def statistics(mass, feature, border=None):
+def statistics(mass, feature, border=None, contrast=None):
     mass = torch.tensor(mass)
     border = torch.zeros(len(mass)) if border is None else torch.tensor(border)
-    return RegionStatistics(mass, torch.tensor(feature), border)
+    contrast = torch.zeros(len(mass)) if contrast is None else torch.tensor(contrast)
+    return RegionStatistics(mass, torch.tensor(feature), border, contrast)
 
 
 def test_the_odd_region_out_is_foreground():
@@ -32,13 +33,32 @@ def test_many_small_background_regions_do_not_move_the_typical_position():
     torch.testing.assert_close(few, many[[0, -1]])
 
 
-def test_merging_makes_one_object_of_the_foreground():
+def test_regions_that_stand_out_are_tracks_of_their_own():
     description = statistics([0.8, 0.1, 0.1], [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    apart = select(description, torch.tensor([0, 1, 1]))
-    together = select(description, torch.tensor([0, 1, 1]), merge_foreground=True)
-    assert len(apart.foreground) == 2
-    assert len(together.foreground) == 1
-    assert together.track[1] == together.track[2]
+    assert len(select(description, torch.tensor([0, 1, 1])).foreground) == 2
+
+
+def test_the_figure_is_one_track_and_what_remains_is_one_for_each_semantics():
+    description = statistics([0.6, 0.3, 0.1], [[1.0, 0.0]] * 3, contrast=[0.0, 0.25, 1.0])
+    found = select_figure(description, torch.tensor([0, 1, 1]))
+    assert found.foreground == (1,)
+    # Three regions inside the figure, then two semantics outside it, the larger first.
+    assert found.track.tolist() == [1, 1, 1, 2, 3]
+    assert found.scores[2] == 0.0 and found.scores[1] > found.scores[3] > 0
+
+
+def test_at_most_twenty_tracks_beside_many_semantics():
+    found = select_figure(statistics([1 / 30] * 30, [[1.0, 0.0]] * 30), torch.arange(30))
+    assert found.track.max() == 20 and int((found.track == 0).sum()) == 11
+
+
+def test_a_position_and_its_regions_decide_together():
+    masks = torch.tensor([[[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]])
+    description = statistics([0.5, 0.5], [[1.0, 0.0], [0.0, 1.0]], contrast=[0.1, 0.8])
+    contrast = torch.tensor([[[0.5, 1.5, 0.9, 0.5]]])
+    regions = VideoRegions(masks[None], description, torch.arange(2), contrast[None], (0.5, 1.5))
+    # Contrasts between typical and most salient: 0, 1, 0.4, 0; of the regions 0.1, 0.1, 0.8, 0.8.
+    torch.testing.assert_close(figure_evidence(regions, 0, masks), torch.tensor([[-0.45, 0.05, 0.1, -0.1]]))
 
 
 def test_background_instances_of_one_semantics_share_a_track():
