@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from objslot.errors import UserError
 from objslot.inference import colour_null, frozen_backbone, segment_video
 from objslot.inference.regions import encode_video
-from objslot.inference.segment import model_regions, strongest_region, to_segmentation
+from objslot.inference.segment import draw_regions, model_regions, strongest_region, to_segmentation
+from objslot.inference.selection import figure_evidence
 
 
 def test_strongest_region_is_the_argmax_after_upsampling():
@@ -91,3 +92,21 @@ def test_more_clusters_than_positions(model, array_video):
 def test_a_video_without_frames_is_refused(model, array_video):
     with pytest.raises(UserError, match="made: no frame could be read"):
         segment_video(model, array_video(torch.zeros(0, 16, 16, 3, dtype=torch.uint8)))
+
+
+def test_one_object_is_what_the_drawing_calls_figure(model, video):
+    regions = model_regions(model, video)
+    drawing = draw_regions(regions, video, merge_foreground=True)
+    assert drawing.foreground == (1,)
+    for t in (0, 18):
+        masks = regions.masks[t]
+        evidence = F.interpolate(figure_evidence(regions, t, masks)[None, None], video.size, mode="bilinear")[0, 0]
+        labels = drawing.frame(t)
+        figure = labels.tracks == 1
+        assert 0 < figure.mean() < 1
+        assert np.array_equal(figure, evidence.numpy() >= 0)
+        # Six instances inside the figure, three semantics outside it.
+        assert labels.partition[figure].max() <= 6 < labels.partition[~figure].min()
+        strongest = strongest_region(masks, video.size).numpy()
+        assert np.array_equal(labels.partition[figure], strongest[figure])
+        assert np.array_equal(labels.partition[~figure] - 7, (strongest[~figure] - 1) // 2)
