@@ -37,10 +37,14 @@ def pytest_configure(config):
         settings.load_profile("nightly")
 
 
-def pytest_ignore_collect(collection_path):
+def pytest_ignore_collect(collection_path, config):
     # Triton reads TRITON_INTERPRET once, at import: interpreted kernels are tested in a process of their own.
     if collection_path == ROOT / "tests" / "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         return True
+    # Compiling kernels for GPUs takes minutes: only where it is asked for by the name of its folder.
+    if collection_path == ROOT / "tests" / "offline":
+        return not any(collection_path in (path := Path(arg.split("::")[0]).resolve(), *path.parents)
+                       for arg in config.args)
     return None
 
 

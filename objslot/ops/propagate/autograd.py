@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends
+from objslot.ops import _autocast, _backends, _triton
 from objslot.ops._second_order import register_second_order
 from objslot.ops.propagate import native, reference
 
@@ -17,6 +17,7 @@ _lib.define(
 
 _backends.register("propagate", "reference", lambda **facts: None)
 _backends.register("propagate", "cpu", native.why_not)
+_backends.register("propagate", "triton", _triton.why_not(__package__), automatic=False)
 
 
 def facts(query: Tensor, keys: Tensor, labels: Tensor, radius: int, topk: int) -> dict:
@@ -33,8 +34,10 @@ def facts(query: Tensor, keys: Tensor, labels: Tensor, radius: int, topk: int) -
 
 
 def _forward(query, keys, labels, radius, topk, temperature, n_global, backend):
-    if _backends.select("propagate", backend, **facts(query, keys, labels, radius, topk)) == "cpu":
-        return native.forward(query, keys, labels, radius, topk, temperature, n_global)
+    name = _backends.select("propagate", backend, **facts(query, keys, labels, radius, topk))
+    if name != "reference":
+        kernels = native if name == "cpu" else _triton.kernels(__package__)
+        return kernels.forward(query, keys, labels, radius, topk, temperature, n_global)
     with _autocast.disabled(query.device):
         return reference.bounded(query, keys, labels, radius, topk, temperature, n_global).contiguous()
 

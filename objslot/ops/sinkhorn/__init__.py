@@ -100,7 +100,7 @@ def facts(
 ) -> dict:
     """What the choice of a backend looks at."""
     _checked(scores, a, b, start, eps, n_iters, tol)
-    return autograd.facts(scores, n_iters, tol)
+    return autograd.facts(scores, n_iters, tol, start)
 
 
 def _checked(scores, a, b, start, eps, n_iters, tol):

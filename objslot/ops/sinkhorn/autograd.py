@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _backends, _checks, _native
+from objslot.ops import _backends, _checks, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
-from objslot.ops.sinkhorn import reference
+from objslot.ops.sinkhorn import cuda, reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
@@ -24,7 +24,7 @@ _library.define(
 )
 
 
-def facts(scores: Tensor, n_iters: int, tol: float | None) -> dict:
+def facts(scores: Tensor, n_iters: int, tol: float | None, start: Tensor | None = None) -> dict:
     """What the rows of the capability table look at."""
     return {
         "device": scores.device,
@@ -33,6 +33,7 @@ def facts(scores: Tensor, n_iters: int, tol: float | None) -> dict:
         "m": scores.shape[-1],
         "n_iters": n_iters,
         "tol": tol,
+        "started": start is not None,
     }
 
 
@@ -42,9 +43,9 @@ def _implementation(backend: str):
 
         return native
     if backend == "triton":
-        from objslot.ops.sinkhorn import triton_kernels
-
-        return triton_kernels
+        return _triton.kernels(__package__)
+    if backend == "cuda":
+        return cuda
     return _Reference
 
 
@@ -100,7 +101,7 @@ def _sinkhorn(scores, a, b, start, eps, n_iters, tol, history, store_plan, retur
     for name, mass in (("a", a), ("b", b)):
         if mass is not None and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()):
             _checks.non_negative(name, mass)
-    name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
+    name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol, start))
     found = _implementation(name).forward(
         scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error
     )
@@ -120,7 +121,7 @@ def _dtypes(scores):
 def _sinkhorn_backward(
     grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol, backend
 ):
-    name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
+    name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol, start))
     grads = _implementation(name).backward(
         grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, history_g, count, eps, n_iters, tol
     )
@@ -157,7 +158,7 @@ def _setup_context(ctx, inputs, output):
     plan, _, _, error, *iterations = output
     ctx.save_for_backward(scores, a, b, start, plan, *iterations)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
-    backend = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol))
+    backend = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol, start))
     ctx.settings = eps, n_iters, tol
     ctx.history, ctx.store_plan, ctx.backend = history, store_plan, backend
     ctx.set_materialize_grads(False)
@@ -198,4 +199,6 @@ torch.library.register_fake("objslot::sinkhorn_backward", _fake_backward, lib=_l
 torch.library.register_autograd("objslot::sinkhorn", _backward, setup_context=_setup_context, lib=_library)
 
 _backends.register("sinkhorn", "cpu", why_not_cpu)
+_backends.register("sinkhorn", "cuda", cuda.why_not, automatic=False)
+_backends.register("sinkhorn", "triton", _triton.why_not(__package__), automatic=False)
 _backends.register("sinkhorn", "reference", lambda **facts: None)

@@ -8,9 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N = 32
-BLOCK_FEATURES = 64
-BLOCK_VALUES = 128
 TILES = 8
 MOST_ROWS = 128
 
@@ -219,14 +216,22 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def shape_of_program(rows: int) -> tuple[int, int]:
-    """Columns of the values that a forward program sums up, and warps."""
-    return (BLOCK_VALUES, 4) if rows <= 32 else (BLOCK_VALUES // 2, 8)
+def shape_of_program(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Positions, features and values that a program holds at a time, and its warps: what fits the registers.
+
+    Several products for one of float32 numbers take more of them.
+    """
+    single = dtype != torch.float32 and torch.version.hip is None
+    if rows <= 32:
+        return (32, 64, 128, 4) if single else (32, 32, 64, 4)
+    if rows <= 64:
+        return (32, 32, 64, 8) if single else (32, 32, 32, 8)
+    return (32, 32, 64, 8) if single else (16, 16, 32, 8)
 
 
-def features_at_once(rows: int, widest: int) -> int:
-    """Features that are multiplied at a time: fewer where many rows fill the registers."""
-    return min(BLOCK_FEATURES if rows <= 32 else BLOCK_FEATURES // 2, max(16, triton.next_power_of_2(widest)))
+def _at_most(block: int, size: int) -> int:
+    """`block`, or less where `size` needs less; no less than the matrix units take."""
+    return min(block, max(16, triton.next_power_of_2(size)))
 
 
 def _flat(x, trailing):
@@ -243,10 +248,11 @@ def _problem(q, k, v, mask, bias):
     bias = None if bias is None else _flat(bias, 2).contiguous()
     groups, slots, width = q.shape[1:]
     padded_groups, padded_slots, rows = _rows(groups, slots)
+    block, features, _, _ = shape_of_program(rows, q.dtype)
     constants = {
         "GROUPS_USED": groups, "SLOTS_USED": slots, "WIDTH": width, "VALUES": v.shape[-1],
-        "GROUPS": padded_groups, "SLOTS": padded_slots, "N": BLOCK_N,
-        "FEATURES": features_at_once(rows, max(width, v.shape[-1])),
+        "GROUPS": padded_groups, "SLOTS": padded_slots, "N": block,
+        "FEATURES": _at_most(features, max(width, v.shape[-1])),
         "HAS_MASK": mask is not None, "HAS_BIAS": bias is not None,
         "PRECISION": precision(q.dtype),
     }  # fmt: skip
@@ -262,9 +268,9 @@ def forward(q, k, v, mask, bias, scale, eps, return_logits):
     q, k, v, mask, bias, strides, constants = _problem(q, k, v, mask, bias)
     batch, slots = q.shape[0], q.shape[1] * q.shape[2]
     logits = q.new_empty((*shape, positions)) if return_logits else q.new_empty(0)
-    shares = max(1, triton.cdiv(positions, BLOCK_N * TILES))
-    columns, warps = shape_of_program(constants["GROUPS"] * constants["SLOTS"])
-    out = min(columns, max(16, triton.next_power_of_2(v.shape[-1])))
+    block, _, columns, warps = shape_of_program(constants["GROUPS"] * constants["SLOTS"], dtype)
+    shares = max(1, triton.cdiv(positions, block * TILES))
+    out = _at_most(columns, v.shape[-1])
     sums = q.new_empty((batch, shares, slots, v.shape[-1]), dtype=torch.float32)
     mass = q.new_empty((batch, shares, slots), dtype=torch.float32)
     if batch:
@@ -298,10 +304,10 @@ def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scal
         dz = grad_updates.float().reshape(batch, slots, value_width) * inverse
         centre = (dz * updates.float().reshape(batch, slots, value_width)).sum(-1)
     slopes = rows.new_empty(batch, slots, positions)
-    _, warps = shape_of_program(constants["GROUPS"] * constants["SLOTS"])
+    block, _, _, warps = shape_of_program(constants["GROUPS"] * constants["SLOTS"], q.dtype)
     if batch and positions:
         with torch.cuda.device_of(q):
-            _backward[batch, triton.cdiv(positions, BLOCK_N)](
+            _backward[batch, triton.cdiv(positions, block)](
                 rows.contiguous(), dz.contiguous(), centre, k, v, mask, bias,
                 None if grad_logits is None else grad_logits.contiguous(), slopes, *grads[1:4],
                 positions, *strides, eps,

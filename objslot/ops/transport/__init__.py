@@ -130,7 +130,7 @@ def facts(
 ) -> dict:
     """What the choice of a backend looks at."""
     _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity)
-    return autograd.facts(x, y, values, n_iters, tol)
+    return autograd.facts(x, y, values, n_iters, tol, start)
 
 
 def _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _backends, _checks
+from objslot.ops import _backends, _checks, _triton
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn.autograd import why_not_cpu
 from objslot.ops.transport import reference
@@ -25,7 +25,9 @@ _library.define(
 )
 
 
-def facts(x: Tensor, y: Tensor, values: Tensor, n_iters: int, tol: float | None = None) -> dict:
+def facts(
+    x: Tensor, y: Tensor, values: Tensor, n_iters: int, tol: float | None = None, start: Tensor | None = None
+) -> dict:
     """What the rows of the capability table look at."""
     return {
         "device": x.device,
@@ -36,6 +38,7 @@ def facts(x: Tensor, y: Tensor, values: Tensor, n_iters: int, tol: float | None 
         "c": values.shape[-1],
         "n_iters": n_iters,
         "tol": tol,
+        "started": start is not None,
     }
 
 
@@ -44,6 +47,8 @@ def _implementation(backend: str):
         from objslot.ops.transport import native
 
         return native
+    if backend == "triton":
+        return _triton.kernels(__package__)
     return _Reference
 
 
@@ -90,7 +95,7 @@ def _check_masses(**masses):
 
 def _transport(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend):
     _check_masses(a=a, b=b)
-    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol, start))
     out, error = _implementation(name).forward(
         x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error
     )
@@ -100,7 +105,7 @@ def _transport(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_
 
 
 def _transport_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity, backend):
-    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    name = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol, start))
     grads = _implementation(name).backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity)
     return tuple(x.new_empty(0) if t is None else t.contiguous() for t in grads)
 
@@ -132,8 +137,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     # The choice made for the forward serves the backward too, which may run outside of `use_backend`.
-    x, y, values, *_ = tensors
-    ctx.backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol))
+    x, y, values, _, _, start = tensors
+    ctx.backend = _backends.select("sinkhorn_transport", backend, **facts(x, y, values, n_iters, tol, start))
     ctx.settings = eps, n_iters, tol, similarity
 
 
@@ -158,4 +163,5 @@ torch.library.register_fake("objslot::alignment", _fake_alignment, lib=_library)
 torch.library.register_autograd("objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library)
 
 _backends.register("sinkhorn_transport", "cpu", why_not_cpu)
+_backends.register("sinkhorn_transport", "triton", _triton.why_not(__package__), automatic=False)
 _backends.register("sinkhorn_transport", "reference", lambda **facts: None)
