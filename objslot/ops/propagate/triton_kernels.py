@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from objslot.ops.propagate.reference import SHORTEST
+from objslot.ops._arithmetic import SHORTEST
 
 SIDE = 8
 STRETCH = 32
