@@ -83,8 +83,7 @@ def run(
         except BackendError as refusal:
             idle.append({"name": name, "status": REFUSED, "note": str(refusal)})
         except Exception as failure:
-            words = " ".join(str(failure).split())[:200]
-            idle.append({"name": name, "status": FAILED, "note": f"{type(failure).__name__}: {words}"})
+            idle.append({"name": name, **_failed(failure)})
     del exact
     for mode in modes:
         yield from _timed(base, mode, problem, found, bounds[mode], budget)
@@ -124,6 +123,11 @@ def _entrants(operation: Operation, problem: Problem, wanted: Callable[[str], bo
         yield peer.name, peer.other, lambda peer=peer: peer.build(problem), absent
 
 
+def _failed(failure: Exception) -> dict:
+    words = " ".join(str(failure).split())[:200]
+    return {"status": FAILED, "note": f"{type(failure).__name__}: {words}"}
+
+
 def _status(contestant: Contestant, error: float, bound: float) -> str:
     if error <= bound:
         return OK
@@ -148,8 +152,15 @@ def _timed(
             "error": error if error < float("inf") else None,
             "bound": bound,
         }
-        if status != WRONG:
-            calls[contestant.name] = _call(contestant.call, problem, mode)
+        if status == WRONG:
+            continue
+        try:
+            call = _call(contestant.call, problem, mode)
+            call()
+        except Exception as failure:
+            rows[contestant.name] |= _failed(failure)
+        else:
+            calls[contestant.name] = call
     work = problem.work if mode == "forward" else problem.work.backward
     copy = limits.copy(work.bytes, problem.device)
     samples = measure({**calls, "copy": copy}, budget, problem.device)

@@ -192,3 +192,20 @@ def test_a_training_step_and_the_authors_formulation_agree(trains, dtype):
         for _, own, other in training_step._part_calls(step):
             own()
             other()
+
+
+def test_a_peer_that_breaks_down_while_it_is_timed_leaves_the_others_their_times():
+    def make(problem):
+        calls = []
+
+        def call(scores):
+            calls.append(None)
+            if len(calls) > 2:
+                raise RuntimeError("worn out")
+            return problem.plain(scores)
+
+        return call
+
+    found = rows(with_peers(Peer("weak", make)))
+    assert found["forward", "weak"]["status"] == "failed" and "worn out" in found["forward", "weak"]["note"]
+    assert "seconds" in found["forward", "objslot"]
