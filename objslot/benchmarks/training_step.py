@@ -19,8 +19,11 @@ from objslot.benchmarks.timing import measure, paired_ratio
 from objslot.models import SMTC, SMTCConfig
 from objslot.models.branch import random_noise
 from objslot.models.correspondence import draw_other_frames, gather_frames
+from objslot.models.encoder import FrameFeatures
 from objslot.training import TrainingConfig
+from objslot.training.distributed import World
 from objslot.training.features import FrozenEncoder
+from objslot.training.step import TrainingStep
 
 AXES = ("clips", "frames", "pixels")
 SIZES = (2, 4, 256)
@@ -51,9 +54,10 @@ class Step:
         size = (clips, frames, 3, *self.ours.frame_size)
         self.views = [torch.randn(size, generator=source).to(device) for _ in range(2)]
         self.encode = None if trains else FrozenEncoder(self.ours.encoder, "bf16" if self._half else "fp32")
-        recipe = TrainingConfig(model=config)
-        groups = self.ours.parameter_groups(recipe.lr, recipe.weight_decay, recipe.encoder_lr_scale)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        recipe = TrainingConfig(
+            model=config, precision="bf16" if self._half else "fp32", batch_size=clips, frames=frames
+        )  # fmt: skip
+        self.step = TrainingStep(self.ours, recipe, World(0, 1, device))
         learning = [p for p in self.authors.parameters() if p.requires_grad]
         self.authors_optimizer = torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
@@ -67,8 +71,16 @@ class Step:
     def _generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(clip) for clip in range(len(self.views[0]))]
 
+    def our_views(self) -> list[Tensor] | list[FrameFeatures]:
+        """What the model is given: a frozen encoder has seen both views in one pass."""
+        if self.encode is None:
+            return self.views
+        keys, _, attention, grid = self.encode(torch.cat(self.views))
+        attention = (None, None) if attention is None else attention.chunk(2)
+        return [FrameFeatures(*parts, grid) for parts in zip(keys.chunk(2), (None, None), attention, strict=True)]
+
     def our_losses(self) -> dict[str, Tensor]:
-        views = [self.encode(view) for view in self.views] if self.encode else self.views
+        views = self.our_views()
         with self._autocast():
             return self.ours(*views, self._generators())
 
@@ -77,10 +89,8 @@ class Step:
             return self.authors(*self.views, self._generators())
 
     def run_ours(self) -> None:
-        self.our_losses()["loss"].backward()
-        self.optimizer.step()
-        self.ours.update_teacher()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.step.add(*self.our_views(), self._generators())
+        self.step.finish()
 
     def run_theirs(self) -> None:
         self.authors_optimizer.zero_grad()
@@ -203,8 +213,7 @@ def _parts(device: torch.device, threads: int) -> Iterator[dict]:
 def _part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:
     ours, authors = step.ours, step.authors
     config = ours.config
-    features = [step.encode(view) for view in step.views]
-    student, teacher = features
+    student, teacher = step.our_views()
     clips, frames = student.keys.shape[:2]
     index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling).to(step.device)
     noise = random_noise((clips, frames, config.slots, config.instances, ours.width), step.device)
@@ -214,7 +223,7 @@ def _part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:
         with torch.no_grad():
             authors.teacher_encoder(step.views[1])
 
-    yield "encoder", lambda: [step.encode(view) for view in step.views], encode_theirs
+    yield "encoder", step.our_views, encode_theirs
 
     def fuse_ours(branch, features):
         other = gather_frames(branch.fusion.prepare(features.keys, features.grid), index).squeeze(2)
@@ -270,5 +279,5 @@ def _part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:
     yield "losses", losses_ours, losses_theirs
     for parameter in (*ours.student.parameters(), *authors.student.parameters()):
         parameter.grad = torch.ones_like(parameter)
-    yield "optimiser", step.optimizer.step, step.authors_optimizer.step
+    yield "optimiser", step.step.optimizer.step, step.authors_optimizer.step
     yield "teacher", ours.update_teacher, authors.update_teacher
