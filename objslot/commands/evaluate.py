@@ -79,7 +79,8 @@ class Evaluate(Command):
         from objslot.evaluation.protocols import check_protocols
 
         only = self.dataset == "davis2017-semi"
-        words = self.protocols or ("semi-supervised" if only else "A,B,C")
+        default = "semi-supervised" if only else "A,B,C"
+        words = default if self.protocols is None else self.protocols
         protocols = check_protocols(name.strip() for name in words.split(",") if name.strip())
         given = "semi-supervised" in protocols
         if (only and protocols != ("semi-supervised",)) or (given and not only and self.dataset != "folder"):

@@ -106,9 +106,9 @@ def test_the_keyboard_steps_plays_and_toggles(opened):
     opened.press(HOME)
     assert near(pixel(opened, 1, 1), 0)
     opened.press("2")
-    assert near(pixel(opened, 48, 24), 0) and near(pixel(opened, 16, 24), blended(0, 1))
+    assert near(pixel(opened, 39, 11), 0) and near(pixel(opened, 7, 11), blended(0, 1))
     opened.press("0")
-    assert near(pixel(opened, 48, 24), blended(0, 2)) and near(pixel(opened, 30, 46), blended(0, 3))
+    assert near(pixel(opened, 39, 11), blended(0, 2)) and near(pixel(opened, 3, 46), blended(0, 3))
     opened.press(" ")
     assert opened.run("return document.getElementById('play').textContent") == "Pause"
     opened.press(" ")
@@ -116,24 +116,34 @@ def test_the_keyboard_steps_plays_and_toggles(opened):
 
 
 def test_toggling_hides_an_object(opened):
-    assert near(pixel(opened, 16, 24), blended(0, 1)) and near(pixel(opened, 48, 24), blended(0, 2))
+    assert near(pixel(opened, 7, 11), blended(0, 1)) and near(pixel(opened, 39, 11), blended(0, 2))
     opened.click("#object-1")
-    assert near(pixel(opened, 16, 24), 0) and near(pixel(opened, 48, 24), blended(0, 2))
+    assert near(pixel(opened, 7, 11), 0) and near(pixel(opened, 39, 11), blended(0, 2))
     opened.click("#object-1")
-    assert near(pixel(opened, 16, 24), blended(0, 1))
+    assert near(pixel(opened, 7, 11), blended(0, 1))
+
+
+def test_objects_carry_their_numbers(opened):
+    script = """const c = document.getElementById("picture"), x = arguments[0];
+        const data = c.getContext("2d").getImageData(x, 16, 16, 16).data;
+        return data.filter((value, k) => k % 4 === 0 && value > 240).length"""
+    opened.settle()
+    assert opened.run(script, 8) > 0 and opened.run(script, 40) > 0
+    opened.click("#object-1")
+    assert opened.run(script, 8) == 0 and opened.run(script, 40) > 0
 
 
 def test_only_the_foreground_is_shown_at_first(opened):
-    assert near(pixel(opened, 30, 46), 0)
+    assert near(pixel(opened, 3, 46), 0)
     opened.click("#object-3")
-    assert near(pixel(opened, 30, 46), blended(0, 3))
+    assert near(pixel(opened, 3, 46), blended(0, 3))
 
 
 def test_maps_and_attention_are_drawn(opened):
     opened.click("[data-layer=semantic]")
     assert near(pixel(opened, 1, 1), blended(0, 1)) and near(pixel(opened, 30, 20), blended(0, 2))
     opened.press("m")
-    assert near(pixel(opened, 16, 24), 0)
+    assert near(pixel(opened, 7, 11), 0)
     opened.press(END)
     attended = "#iterations figure:nth-child(3) canvas"
     assert pixel(opened, 30, 20, attended).max() < 60, "the slot in the middle is chosen at first"
