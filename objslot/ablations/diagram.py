@@ -91,19 +91,24 @@ def draw_diagram(model: SMTC) -> str:
         middle, 1, _WIDE, "X = F + E, E from the correspondence C with another frame",
         f"C {_text(shapes['correspondence'])} → X {_text(shapes['fused'])}",
     )  # fmt: skip
-    arrow(_LEFT, 1), arrow(_RIGHT, 1)
+    for side in (_LEFT, _RIGHT):
+        arrow(side, 1)
     box(_LEFT, 2, _NARROW, "Stage 1 starts at mu", shapes["mu"])
     box(_RIGHT, 2, _NARROW, "Stage 2 starts at mu + sigma · noise", shapes["initial"], "other")
-    arrow(_LEFT, 2), arrow(_RIGHT, 2)
+    for side in (_LEFT, _RIGHT):
+        arrow(side, 2)
     box(_LEFT, 3, _NARROW, f"{iterations} × : q from the slots, k and v from X", "the same layers in both stages")
     box(_RIGHT, 3, _NARROW, f"{iterations} × : q from the slots, k and v from X", "the same layers in both stages")
-    arrow(_LEFT, 3), arrow(_RIGHT, 3)
+    for side in (_LEFT, _RIGHT):
+        arrow(side, 3)
     box(_LEFT, 4, _NARROW, "softmax over the N semantics", shapes["semantic"])
     box(_RIGHT, 4, _NARROW, "softmax over P inside each semantics", shapes["instance"], "other")
-    arrow(_LEFT, 4), arrow(_RIGHT, 4)
+    for side in (_LEFT, _RIGHT):
+        arrow(side, 4)
     box(_LEFT, 5, _NARROW, "L1 norm over the positions, update", shapes["semantic_slots"])
     box(_RIGHT, 5, _NARROW, f"times the mask of stage 1 ({model.config.aggregation})", "then L1 norm, update", "other")
-    arrow(_LEFT, 5), arrow(_RIGHT, 5)
+    for side in (_LEFT, _RIGHT):
+        arrow(side, 5)
     box(_LEFT, 6, _NARROW, "masks A: alignment by transport, diversity", shapes["semantic"])
     box(_RIGHT, 6, _NARROW, "slots: alignment by assignment", shapes["objects"], "other")
     y = 20 + 5 * _ROW + _BOX / 2

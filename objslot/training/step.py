@@ -72,9 +72,9 @@ class TrainingStep:
         and whether ``stop`` is true in any process.
         """
         self._totals["grad_norm"] = _gradient_norm(self._model)
-        values = torch.stack([value.double() for value in self._totals.values()])
+        sums = torch.stack([value.double() for value in self._totals.values()])
         # A value that is not finite in one process is not finite in the mean of all.
-        *values, stops = self._world.mean([*values.tolist(), float(stop)])
+        *values, stops = self._world.mean([*sums.tolist(), float(stop)])
         terms = dict(zip(self._totals, values, strict=True))
         failed = not all(map(math.isfinite, values))
         if not failed:

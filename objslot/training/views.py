@@ -37,9 +37,13 @@ class Views:
             features = self.store.features(batch)
             return features, features
         frames = batch["frames"].float() / 255
-        views = [normalise(augment(frames, batch[view])) for view in ("student", "teacher")]
+        student, teacher = (normalise(augment(frames, batch[view])) for view in ("student", "teacher"))
         if self.encode is None:
-            return tuple(views)
-        keys, tokens, attention, grid = self.encode(torch.cat(views))
-        attention = (None, None) if attention is None else attention.chunk(2)
-        return tuple(FrameFeatures(*parts, grid) for parts in zip(keys.chunk(2), (tokens,) * 2, attention, strict=True))
+            return student, teacher
+        found = self.encode(torch.cat([student, teacher]))
+        keys, attention = found.keys.chunk(2), found.cls_attention
+        attentions = (None, None) if attention is None else attention.chunk(2)
+        return (
+            FrameFeatures(keys[0], found.tokens, attentions[0], found.grid),
+            FrameFeatures(keys[1], found.tokens, attentions[1], found.grid),
+        )
