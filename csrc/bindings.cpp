@@ -120,6 +120,7 @@ PYBIND11_MODULE(_native, module) {
   bind_dispatch(module);
   bind_sinkhorn(module);
   objslot::bind_slot_attention(module);
+  objslot::bind_slot_loop(module);
   objslot::bind_assign(module);
   objslot::bind_propagate(module);
   objslot::bind_transport(module);

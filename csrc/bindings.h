@@ -84,6 +84,7 @@ inline Element element(int index) {
 }
 
 void bind_slot_attention(pybind11::module_& module);
+void bind_slot_loop(pybind11::module_& module);
 void bind_assign(pybind11::module_& module);
 void bind_propagate(pybind11::module_& module);
 void bind_transport(pybind11::module_& module);

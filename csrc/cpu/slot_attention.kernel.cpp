@@ -22,7 +22,7 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   s.mass = shelf.take<T>(layout.lanes);
   s.tile_mass = shelf.take<T>(layout.lanes);
   s.buffer = shelf.take<T>((longest > layout.lanes ? longest : layout.lanes) + tile);
-  const bool copies = p.mask || !native<T>(p.element);
+  const bool copies = p.mask || p.row_mean || !native<T>(p.element);
   s.keys = shelf.take<T>(copies ? tile * keys : 0);
   s.values = shelf.take<T>(copies && p.v ? tile * values : 0);
   s.live.index = shelf.take<int32_t>(tile);
@@ -80,9 +80,12 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     const int64_t count = end - from < tile ? end - from : tile;
     find_live<T>(p, layout, batch, from, count, s.buffer, s.live);
     int64_t key_stride, value_stride;
-    const T* keys = live_rows<T>(p.k, p.element, batch * p.k_stride + from * p.k_row_stride, p.k_row_stride, p.width,
-                                 s.live, s.keys, &key_stride);
-    dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights);
+    const T* keys = live_keys<T>(p, batch, from, s.live, s.keys, &key_stride);
+    const Ahead next_keys =
+        ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
+    const Ahead next_values =
+        ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
+    dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, next_values);
     if (r.logits) write_logits<T>(p, layout, s, batch, from, count, r.logits);
     with_step<T>(layout, [&](auto step) { weigh<T, step()>(layout, s); });
     const T* rows = keys;
@@ -90,7 +93,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     if (p.v)
       rows = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
                           s.live, s.values, &value_stride);
-    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums, values);
+    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums, values,
+              next_keys);
   }
 }
 
@@ -131,6 +135,7 @@ static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult
   forward_plan<T>(p, threads, base, &partial_base);
   T* partial = reinterpret_cast<T*>(partial_base);
   parallel_for(p.batch * shares, threads, [&](int64_t first, int64_t last, int worker) {
+    const FlushSubnormals flush;
     Shelf shelf{base + worker * counter.used};
     ForwardScratch<T> s = forward_scratch<T>(p, layout, shelf);
     if (!p.mask) s.live.lanes = nullptr;
@@ -147,6 +152,7 @@ static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult
   });
   if (shares == 1) return;
   parallel_for(p.batch, threads, [&](int64_t first, int64_t last, int) {
+    const FlushSubnormals flush;
     for (int64_t batch = first; batch < last; ++batch) {
       T* total = partial + batch * shares * one;
       for (int64_t index = 1; index < shares; ++index)

@@ -36,7 +36,7 @@ static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const 
   s.grad_bias = shelf.take<T>(layout.lanes);
   s.grad_mask = shelf.take<T>(p.groups * tile);
   s.buffer = shelf.take<T>((longest > layout.lanes ? longest : layout.lanes) + tile);
-  const bool copies = p.mask || !native<T>(p.element);
+  const bool copies = p.mask || p.row_mean || !native<T>(p.element);
   s.keys = shelf.take<T>(copies ? tile * keys : 0);
   s.values = shelf.take<T>(copies && p.v ? tile * values : 0);
   s.grad_keys = shelf.take<T>(copies ? tile * keys : 0);
@@ -166,6 +166,50 @@ static void write_product(const Layout& layout, const Live<T>& live, const Term<
     write_row<T>(copy + j * stride, out, element, offset + (live.all ? j : live.index[j]) * columns, columns);
 }
 
+// The gradient of normalised keys: added to what is there, then passed back through the normalisation, as asked.
+template <class T>
+static void write_normalised(const SlotAttentionProblem& p, const SlotAttentionGradient& r, const Layout& layout,
+                             const BackwardScratch<T>& s, const Term<T>* terms, const int64_t* features_stride,
+                             const T* keys, int64_t batch, int64_t from, int64_t count) {
+  const int64_t stride = padded<T>(p.width), row = batch * p.positions + from;
+  const T* inverses = static_cast<const T*>(p.row_inverse) + row;
+  T* out = static_cast<T*>(r.grad_k) + row * p.width;
+  spread<T, 2>(terms, layout.lanes, layout.rows, features_stride, s.live.count, p.width, s.grad_keys, stride, false);
+  if (!s.live.all && !r.add_to_k) clear(out, count * p.width);
+  for (int64_t j = 0; j < s.live.count; ++j) {
+    const int64_t at = s.live.all ? j : s.live.index[j];
+    T* grad = s.grad_keys + j * stride;
+    T* target = out + at * p.width;
+    const T* key = keys + j * stride;
+    Vec<T> sum{}, inner{};
+    int64_t d = 0;
+    for (; d + width<T> <= p.width; d += width<T>) {
+      Vec<T> value = load(grad + d);
+      if (r.add_to_k) value += load(target + d);
+      store(r.through_norm ? grad + d : target + d, value);
+      sum += value;
+      inner += value * load(key + d);
+    }
+    const int64_t part = p.width - d;
+    if (part > 0) {
+      Vec<T> value = load_first(grad + d, part);
+      if (r.add_to_k) value += load_first(target + d, part);
+      if (r.through_norm)
+        store(grad + d, value);
+      else
+        store_first(target + d, value, part);
+      sum += value;
+      inner += value * load_first(key + d, part);
+    }
+    if (!r.through_norm) continue;
+    const Vec<T> inverse = broadcast(inverses[at]), mean = broadcast(sum_lanes<T>(sum) / T(p.width));
+    const Vec<T> slope = broadcast(sum_lanes<T>(inner) / T(p.width));
+    for (d = 0; d + width<T> <= p.width; d += width<T>)
+      store(target + d, (load(grad + d) - mean - load(key + d) * slope) * inverse);
+    if (part > 0) store_first(target + d, (load(grad + d) - mean - load(key + d) * slope) * inverse, part);
+  }
+}
+
 // Streaming pays for outputs that no cache keeps; it needs rows of whole, aligned vectors.
 template <class T>
 static bool streams(const SlotAttentionProblem& p, const void* out, int64_t columns) {
@@ -185,35 +229,47 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
     const int64_t count = end - from < tile ? end - from : tile;
     find_live<T>(p, layout, batch, from, count, s.buffer, s.live);
     int64_t key_stride, value_stride;
-    const T* keys = live_rows<T>(p.k, p.element, batch * p.k_stride + from * p.k_row_stride, p.k_row_stride, p.width,
-                                 s.live, s.keys, &key_stride);
+    const T* keys = live_keys<T>(p, batch, from, s.live, s.keys, &key_stride);
     const T* values = keys;
     value_stride = key_stride;
     if (p.v)
       values = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
                             s.live, s.values, &value_stride);
-    dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights);
-    dots<T>(values, value_stride, s.live.count, p.value_width, s.dzt, s.centre, layout.lanes, s.slopes);
+    const Ahead next_keys =
+        ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
+    const Ahead next_values =
+        ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
+    dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, next_values);
+    dots<T>(values, value_stride, s.live.count, p.value_width, s.dzt, s.centre, layout.lanes, s.slopes, next_keys);
     if (r.grad_logits) read_logit_grads<T>(p, r, layout, s, batch, from, count);
     if (r.grad_mask) clear(s.grad_mask, p.groups * tile);
     with_step<T>(layout, [&](auto step) { back_through_softmax<T, step()>(r, layout, s); });
     if (r.grad_mask)
-      for (int64_t g = 0; g < p.groups; ++g)
-        write_row<T>(s.grad_mask + g * tile, r.grad_mask, p.element, (batch * p.groups + g) * p.positions + from,
-                     count);
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t at = (batch * p.groups + g) * p.positions + from;
+        T* row = s.grad_mask + g * tile;
+        if (r.add_to_mask) {
+          const T* before = read_row<T>(r.grad_mask, p.element, at, count, s.buffer);
+          for (int64_t j = 0; j < count; ++j) row[j] += before[j];
+        }
+        write_row<T>(row, r.grad_mask, p.element, at, count);
+      }
     const Term<T> terms[2] = {{s.slopes, s.q_rows}, {s.weights, s.dz_rows}};
     const int64_t row = batch * p.positions + from;
     if (r.grad_k && p.v)
       write_product<T, 1>(layout, s.live, terms, feature_strides, p.width, r.grad_k, p.element, row * p.width, count,
                           s.grad_keys, stream_keys);
-    if (r.grad_k && !p.v)
+    if (r.grad_k && p.row_mean)
+      write_normalised<T>(p, r, layout, s, terms, feature_strides, keys, batch, from, count);
+    else if (r.grad_k && !p.v)
       write_product<T, 2>(layout, s.live, terms, feature_strides, p.width, r.grad_k, p.element, row * p.width, count,
                           s.grad_keys, stream_keys);
     if (r.grad_v)
       write_product<T, 1>(layout, s.live, terms + 1, feature_strides + 1, p.value_width, r.grad_v, p.element,
                           row * p.value_width, count, s.grad_values, stream_values);
     if (r.grad_q)
-      gather<T>(s.slopes, layout.lanes, layout.rows, s.live.count, keys, key_stride, p.width, s.grad_q, keys_padded);
+      gather<T>(s.slopes, layout.lanes, layout.rows, s.live.count, keys, key_stride, p.width, s.grad_q, keys_padded,
+                {});
   }
   if (stream_keys || stream_values) end_of_stream();
 }
@@ -257,6 +313,7 @@ static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradi
   backward_plan<T>(p, threads, base, &partial_base);
   T* partial = reinterpret_cast<T*>(partial_base);
   parallel_for(p.batch * shares, threads, [&](int64_t first, int64_t last, int worker) {
+    const FlushSubnormals flush;
     Shelf shelf{base + worker * counter.used};
     BackwardScratch<T> s = backward_scratch<T>(p, layout, shelf);
     if (!p.mask) s.live.lanes = nullptr;
@@ -273,6 +330,7 @@ static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradi
   });
   if (shares == 1) return;
   parallel_for(p.batch, threads, [&](int64_t first, int64_t last, int) {
+    const FlushSubnormals flush;
     for (int64_t batch = first; batch < last; ++batch) {
       T* total = partial + batch * shares * one;
       for (int64_t index = 1; index < shares; ++index)

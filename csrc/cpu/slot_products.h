@@ -11,16 +11,29 @@ constexpr int registers = 32;
 constexpr int registers = 16;
 #endif
 
+// Memory that will be read soon, fetched bit by bit while products run: the next rows lie in a cache further out.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  OBJSLOT_INLINE_MEMBER void fetch() {
+    if (at >= end) return;
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
+    at += 128;
+  }
+};
+
 // out[j][0, KV vectors) = sum over d of x[j][d] * qt[d][...], + bias, for 4 * R rows j.
 template <class T, int KV, int R>
 OBJSLOT_INLINE void dot_block(const T* x, int64_t stride, int64_t d, const T* qt, const T* bias, int64_t lanes,
-                              T* out) {
+                              T* out, Ahead& ahead) {
   Vec<T> total[4 * R][KV] = {};
   const T* base[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) base[r] = x + 4 * r * stride;
   const int64_t stride3 = 3 * stride;
   for (int64_t i = 0; i < d; ++i, qt += lanes) {
+    if (i % 2 == 0) ahead.fetch();
     Vec<T> q[KV];
 #pragma GCC unroll 4
     for (int z = 0; z < KV; ++z) q[z] = load(qt + z * width<T>);
@@ -58,28 +71,30 @@ OBJSLOT_INLINE void dot_row(const T* x, int64_t d, const T* qt, const T* bias, i
 
 template <class T, int KV>
 static void dot_panel(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias, int64_t lanes,
-                      T* out) {
+                      T* out, Ahead& ahead) {
   constexpr int R = registers == 32 ? (KV == 1 ? 3 : KV == 4 ? 1 : 2) : (KV == 1 ? 3 : 1);
   int64_t j = 0;
-  for (; j + 4 * R <= rows; j += 4 * R) dot_block<T, KV, R>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes);
+  for (; j + 4 * R <= rows; j += 4 * R) 
+    dot_block<T, KV, R>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
   if constexpr (R > 1)
-    for (; j + 4 <= rows; j += 4) dot_block<T, KV, 1>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes);
+    for (; j + 4 <= rows; j += 4) 
+      dot_block<T, KV, 1>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
   for (; j < rows; ++j) dot_row<T, KV>(x + j * stride, d, qt, bias, lanes, out + j * lanes);
 }
 
 // out (rows, lanes) = x (rows, d) qt (d, lanes) + bias (lanes)
 template <class T>
 OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias,
-                         int64_t lanes, T* out) {
+                         int64_t lanes, T* out, Ahead ahead = {}) {
   constexpr int most = registers == 32 ? 4 : 2;
   int64_t left = lanes / width<T>;
   while (left > 0) {
     const int64_t panel = left >= most ? most : left;
-    if (panel == 1) dot_panel<T, 1>(x, stride, rows, d, qt, bias, lanes, out);
-    if (panel == 2) dot_panel<T, 2>(x, stride, rows, d, qt, bias, lanes, out);
+    if (panel == 1) dot_panel<T, 1>(x, stride, rows, d, qt, bias, lanes, out, ahead);
+    if (panel == 2) dot_panel<T, 2>(x, stride, rows, d, qt, bias, lanes, out, ahead);
     if constexpr (most == 4) {
-      if (panel == 3) dot_panel<T, 3>(x, stride, rows, d, qt, bias, lanes, out);
-      if (panel == 4) dot_panel<T, 4>(x, stride, rows, d, qt, bias, lanes, out);
+      if (panel == 3) dot_panel<T, 3>(x, stride, rows, d, qt, bias, lanes, out, ahead);
+      if (panel == 4) dot_panel<T, 4>(x, stride, rows, d, qt, bias, lanes, out, ahead);
     }
     qt += panel * width<T>;
     bias += panel * width<T>;
@@ -91,9 +106,10 @@ OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, co
 // sums[r][C vectors] += sum over the rows j of weights[j][r] * v[j][...]; Part: only the first `part` lanes of v.
 template <class T, int R, int C, bool Part>
 OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
-                                 int64_t part, T* sums, int64_t sums_stride) {
+                                 int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
   Vec<T> total[R][C] = {};
   for (int64_t j = 0; j < rows; ++j) {
+    ahead.fetch();
     Vec<T> value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
@@ -114,31 +130,42 @@ OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, 
     }
 }
 
+// The last slots, fewer than Most.
+template <class T, int C, bool Part, int Most>
+static void gather_rest(int64_t left, const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
+                        int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
+  if constexpr (Most > 1) {
+    if (left == Most - 1)
+      gather_block<T, Most - 1, C, Part>(weights, lanes, rows, v, stride, part, sums, sums_stride, ahead);
+    else
+      gather_rest<T, C, Part, Most - 1>(left, weights, lanes, rows, v, stride, part, sums, sums_stride, ahead);
+  }
+}
+
 template <class T, int C, bool Part>
 static void gather_columns(const T* weights, int64_t lanes, int64_t slots, int64_t rows, const T* v, int64_t stride,
-                           int64_t part, T* sums, int64_t sums_stride) {
+                           int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
   constexpr int R = registers == 32 ? (C == 3 ? 8 : 12) : (C == 2 ? 6 : 8);
   int64_t i = 0;
   for (; i + R <= slots; i += R)
-    gather_block<T, R, C, Part>(weights + i, lanes, rows, v, stride, part, sums + i * sums_stride, sums_stride);
-  for (; i + 4 <= slots; i += 4)
-    gather_block<T, 4, C, Part>(weights + i, lanes, rows, v, stride, part, sums + i * sums_stride, sums_stride);
-  for (; i < slots; ++i)
-    gather_block<T, 1, C, Part>(weights + i, lanes, rows, v, stride, part, sums + i * sums_stride, sums_stride);
+    gather_block<T, R, C, Part>(weights + i, lanes, rows, v, stride, part, sums + i * sums_stride, sums_stride, ahead);
+  if (i < slots)
+    gather_rest<T, C, Part, R>(slots - i, weights + i, lanes, rows, v, stride, part, sums + i * sums_stride,
+                               sums_stride, ahead);
 }
 
 // sums (slots, columns padded) += weights (rows, slots)^T v (rows, columns)
 template <class T>
 OBJSLOT_INLINE void gather(const T* weights, int64_t lanes, int64_t slots, int64_t rows, const T* v, int64_t stride,
-                           int64_t columns, T* sums, int64_t sums_stride) {
+                           int64_t columns, T* sums, int64_t sums_stride, Ahead ahead) {
   constexpr int C = registers == 32 ? 3 : 2;
   int64_t d = 0;
   for (; d + C * width<T> <= columns; d += C * width<T>)
-    gather_columns<T, C, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride);
+    gather_columns<T, C, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, ahead);
   for (; d + width<T> <= columns; d += width<T>)
-    gather_columns<T, 1, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride);
+    gather_columns<T, 1, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, ahead);
   if (d < columns)
-    gather_columns<T, 1, true>(weights, lanes, slots, rows, v + d, stride, columns - d, sums + d, sums_stride);
+    gather_columns<T, 1, true>(weights, lanes, slots, rows, v + d, stride, columns - d, sums + d, sums_stride, ahead);
 }
 
 // How a row of a product leaves the registers.

@@ -133,6 +133,7 @@ template <class T, class Item>
 OBJSLOT_INLINE void run(const SlotSoftmaxProblem& p, void* workspace, int threads, const Item& item) {
   const int64_t size = scratch_size<T>(p);
   parallel_for(p.count, threads, [&](int64_t first, int64_t last, int worker) {
+    const FlushSubnormals flush;
     T* scratch = reinterpret_cast<T*>(static_cast<char*>(workspace) + worker * size);
     for (int64_t index = first; index < last; ++index) item(scratch, index);
   });

@@ -144,6 +144,39 @@ static const T* live_rows(const void* base, Element element, int64_t offset, int
   return copy;
 }
 
+// The rows [from, end) of keys or values at most, to be fetched ahead; nothing where they are not one piece of memory
+// in the arithmetic type.
+template <class T>
+OBJSLOT_INLINE Ahead ahead_of(const void* base, Element element, int64_t offset, int64_t row_stride, int64_t columns,
+                              int64_t from, int64_t end) {
+  if (!base || !native<T>(element) || row_stride != columns || from >= end) return {};
+  const T* begin = static_cast<const T*>(base) + offset + from * row_stride;
+  const int64_t count = end - from < tile ? end - from : tile;
+  return {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(begin + count * row_stride)};
+}
+
+// The live rows of the keys, normalised where the problem says so.
+template <class T>
+static const T* live_keys(const SlotAttentionProblem& p, int64_t batch, int64_t from, const Live<T>& live, T* copy,
+                          int64_t* stride) {
+  if (!p.row_mean)
+    return live_rows<T>(p.k, p.element, batch * p.k_stride + from * p.k_row_stride, p.k_row_stride, p.width, live,
+                        copy, stride);
+  const T* means = static_cast<const T*>(p.row_mean) + batch * p.positions + from;
+  const T* inverses = static_cast<const T*>(p.row_inverse) + batch * p.positions + from;
+  *stride = padded<T>(p.width);
+  for (int64_t j = 0; j < live.count; ++j) {
+    const int64_t at = live.all ? j : live.index[j];
+    T* target = copy + j * *stride;
+    const T* row = read_row<T>(p.k, p.element, batch * p.k_stride + (from + at) * p.k_row_stride, p.width, target);
+    const Vec<T> mean = broadcast(means[at]), inverse = broadcast(inverses[at]);
+    int64_t d = 0;
+    for (; d + width<T> <= p.width; d += width<T>) store(target + d, (load(row + d) - mean) * inverse);
+    if (d < p.width) store(target + d, (load_first(row + d, p.width - d) - mean) * inverse);
+  }
+  return copy;
+}
+
 // ---- softmax over the lanes of a group ----
 
 template <class T, int S, int... lane>

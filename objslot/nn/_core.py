@@ -8,6 +8,7 @@ from torch.nn.functional import layer_norm, linear
 
 from objslot.ops import _checks
 from objslot.ops.slot_attention import slot_attention
+from objslot.ops.slot_loop import Epsilons, Layers, slot_loop
 
 UPDATES = ("residual", "gru")
 
@@ -17,10 +18,11 @@ class Memory(NamedTuple):
 
     `keys` (..., n, d) and `values` (..., n, e). Folded, `keys` are the normalised inputs, `values` is None, the
     query's projection holds that of the keys, its last row the key's bias, and the updates are still to be
-    projected to values.
+    projected to values. Where `inputs` are there, all iterations run in one call and normalise them: no `keys`.
     """
 
-    keys: Tensor
+    inputs: Tensor | None
+    keys: Tensor | None
     values: Tensor | None
     query_weight: Tensor
     query_bias: Tensor | None
@@ -80,7 +82,6 @@ class SlotCore(nn.Module):
         The LayerNorm's weight and bias go into the projections, which is exact. With fewer slots than positions
         the projections are folded too: q (W x) = (q W) x and sum a (W x) = W (sum a x).
         """
-        x = layer_norm(x, (self.input_width,), eps=self.norm_inputs.eps)
         scale, shift = self.norm_inputs.weight, self.norm_inputs.bias
         key_weight, value_weight = self.key.weight * scale, self.value.weight * scale
         key_bias = linear(shift, self.key.weight, self.key.bias)
@@ -89,9 +90,26 @@ class SlotCore(nn.Module):
             # One product of weights, so that a slot passes through one projection and not two.
             keys = torch.cat([key_weight.mT, key_bias.unsqueeze(0)])
             query_bias = None if self.query.bias is None else keys @ self.query.bias
-            return Memory(x, None, keys @ self.query.weight, query_bias, value_weight, value_bias)
+            folded = (keys @ self.query.weight, query_bias, value_weight, value_bias)
+            if self._in_one_call(x):
+                return Memory(x, None, None, *folded)
+            return Memory(None, self._normed(x), None, *folded)
+        x = self._normed(x)
         keys, values = linear(x, key_weight, key_bias), linear(x, value_weight, value_bias)
-        return Memory(self._split(keys), self._split(values), self.query.weight, self.query.bias, None, None)
+        return Memory(None, self._split(keys), self._split(values), self.query.weight, self.query.bias, None, None)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return layer_norm(x, (self.input_width,), eps=self.norm_inputs.eps)
+
+    def _in_one_call(self, x: Tensor) -> bool:
+        """Whether `slot_loop` takes these inputs, given folded projections."""
+        return (
+            x.device.type == "cpu"
+            and self.combine is None
+            and x.dtype == self.query.weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled("cpu")
+        )
 
     def step(
         self, slots: Tensor, memory: Memory, mask: Tensor | None, *, want_logits: bool
@@ -104,9 +122,10 @@ class SlotCore(nn.Module):
         if self.heads > 1:
             query = query.unflatten(-1, (self.heads, -1)).movedim(-2, -4)
             mask = None if mask is None else mask.unsqueeze(-3)
-        dtype = memory.keys.dtype
+        keys = self._normed(memory.inputs) if memory.keys is None else memory.keys
+        dtype = keys.dtype
         found = slot_attention(
-            query.to(dtype), memory.keys, memory.values, mask,
+            query.to(dtype), keys, memory.values, mask,
             bias=None if bias is None else bias.to(dtype),
             scale=self.scale, eps=self.eps, return_logits=want_logits,
         )  # fmt: skip
@@ -149,6 +168,14 @@ class SlotCore(nn.Module):
         With `only_last` the gradient passes through the last step and then straight to `initial`, as if the
         earlier steps had not changed the slots; nothing of the earlier steps is kept for the backward pass.
         """
+        if memory.inputs is not None:
+            slots, logits, before = slot_loop(
+                memory.inputs, initial, mask, self._layers(memory),
+                scale=self.scale, eps=self._epsilons(), iterations=iterations, only_last=only_last,
+                return_iterations=return_iterations,
+            )  # fmt: skip
+            earlier = before.unbind() if iterations > 1 else ()
+            return slots, logits, [*earlier, logits.detach()] if return_iterations else []
         slots, history = initial, []
         apart = only_last and torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_last):
@@ -162,6 +189,15 @@ class SlotCore(nn.Module):
         if return_iterations:
             history.append(logits.detach())
         return slots, logits, history
+
+    def _layers(self, memory: Memory) -> Layers:
+        gru, mlp = self.gru, self.mlp
+        gates = (None,) * 4 if gru is None else (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
+        norms = (self.norm_slots.weight, self.norm_slots.bias, self.norm_mlp.weight, self.norm_mlp.bias)
+        return Layers(*memory[3:], *norms, *gates, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+
+    def _epsilons(self) -> Epsilons:
+        return Epsilons(self.eps, self.norm_inputs.eps, self.norm_slots.eps, self.norm_mlp.eps)
 
     def check_inputs(self, x: Tensor, mask: Tensor | None, iterations: int) -> None:
         """The arguments that both modules share; raises ValueError or TypeError."""

@@ -25,6 +25,9 @@ struct SlotAttentionProblem {
   const void* bias;  // (batch, groups, slots) or null
   int64_t bias_stride;
   double scale, eps;
+  // Statistics of the keys (batch, positions), arithmetic type, or null: k stands for (k - mean) * inverse.
+  const void* row_mean = nullptr;
+  const void* row_inverse = nullptr;
 };
 
 struct SlotAttentionResult {
@@ -44,6 +47,10 @@ struct SlotAttentionGradient {
   void* grad_v;
   void* grad_mask;
   void* grad_bias;
+  bool add_to_k = false;  // grad_k is added to what is there
+  // The sum is passed back through the normalisation of the rows, mean and deviation included.
+  bool through_norm = false;
+  bool add_to_mask = false;
 };
 
 struct SlotAttentionKernels {

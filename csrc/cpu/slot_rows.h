@@ -1,0 +1,213 @@
+// Products of rows of slots with packed weights, and layer normalisation of rows.
+#pragma once
+
+#include "objslot/slot_loop.h"
+#include "slot_tile.h"
+
+namespace objslot::OBJSLOT_ISA {
+
+// Weights are packed in panels of so many vectors of outputs, one after the other: (inner, outputs of the panel).
+constexpr int panel_vectors = registers == 32 ? 3 : 2;
+template <class T>
+constexpr int64_t panel_width = panel_vectors * width<T>;
+
+constexpr int64_t inner_part = 128;
+
+// Rows are handled in chunks of this many, over which sums of rows are kept apart, and in blocks of whole chunks.
+constexpr int64_t row_chunk = 16;
+constexpr int64_t most_rows = 256;
+
+OBJSLOT_INLINE int64_t block_rows(int64_t rows, int threads) {
+  const int64_t even = (rows + threads - 1) / threads;
+  const int64_t block = (even + row_chunk - 1) / row_chunk * row_chunk;
+  return block < most_rows ? block : most_rows;
+}
+
+// Calls body(first row, rows, worker) on the blocks.
+template <class Body>
+OBJSLOT_INLINE void for_blocks(int64_t rows, int threads, const Body& body) {
+  const int64_t block = block_rows(rows, threads);
+  parallel_for((rows + block - 1) / block, threads, [&](int64_t first, int64_t last, int worker) {
+    for (int64_t at = first * block; at < last * block && at < rows; at += block)
+      body(at, rows - at < block ? rows - at : block, worker);
+  });
+}
+
+template <class T>
+OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t count) {
+  return count >= width<T> ? load(p) : load_first(p, count);
+}
+template <class T>
+OBJSLOT_INLINE void store_upto(T* p, Vec<T> v, int64_t count) {
+  if (count >= width<T>)
+    store(p, v);
+  else
+    store_first(p, v, count);
+}
+
+// out[row][...] = a[row] w + bias (+ out) for 4 * R rows (1 row where R is 0) and KV vectors of outputs.
+template <class T, int KV, int R>
+OBJSLOT_INLINE void multiply_block(const T* a, int64_t stride, int64_t inner, const T* w, const T* bias, T* out,
+                                   int64_t out_stride, int64_t columns, bool add) {
+  constexpr int rows = R ? 4 * R : 1;
+  Vec<T> total[rows][KV] = {};
+  const T* base[R ? R : 1];
+#pragma GCC unroll 4
+  for (int r = 0; r < (R ? R : 1); ++r) base[r] = a + 4 * r * stride;
+  const int64_t stride3 = 3 * stride;
+  for (int64_t i = 0; i < inner; ++i, w += KV * width<T>) {
+    Vec<T> weight[KV];
+#pragma GCC unroll 4
+    for (int z = 0; z < KV; ++z) weight[z] = load(w + z * width<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < (R ? R : 1); ++r) {
+      const Vec<T> a0 = broadcast(base[r][0]);
+#pragma GCC unroll 4
+      for (int z = 0; z < KV; ++z) total[4 * r][z] = fused(a0, weight[z], total[4 * r][z]);
+      if constexpr (R > 0) {
+        const Vec<T> a1 = broadcast(base[r][stride]), a2 = broadcast(base[r][2 * stride]);
+        const Vec<T> a3 = broadcast(base[r][stride3]);
+#pragma GCC unroll 4
+        for (int z = 0; z < KV; ++z) {
+          total[4 * r + 1][z] = fused(a1, weight[z], total[4 * r + 1][z]);
+          total[4 * r + 2][z] = fused(a2, weight[z], total[4 * r + 2][z]);
+          total[4 * r + 3][z] = fused(a3, weight[z], total[4 * r + 3][z]);
+        }
+      }
+      ++base[r];
+    }
+  }
+  if (columns >= KV * width<T>) {
+    if (bias)
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int z = 0; z < KV; ++z) total[r][z] += load(bias + z * width<T>);
+    if (add)
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int z = 0; z < KV; ++z) total[r][z] += load(out + r * out_stride + z * width<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int z = 0; z < KV; ++z) store(out + r * out_stride + z * width<T>, total[r][z]);
+    return;
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int z = 0; z < KV; ++z) {
+      const int64_t left = columns - z * width<T>;
+      T* target = out + r * out_stride + z * width<T>;
+      Vec<T> value = total[r][z];
+      if (bias) value += load_upto(bias + z * width<T>, left);
+      if (add) value += load_upto(target, left);
+      store_upto(target, value, left);
+    }
+}
+
+template <class T, int KV>
+static void multiply_panel(const T* a, int64_t stride, int64_t rows, int64_t inner, const T* w, const T* bias, T* out,
+                           int64_t out_stride, int64_t columns, bool add) {
+  constexpr int R = registers == 32 ? 2 : 1;
+  int64_t j = 0;
+  for (; j + 4 * R <= rows; j += 4 * R)
+    multiply_block<T, KV, R>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
+  if constexpr (R > 1)
+    for (; j + 4 <= rows; j += 4)
+      multiply_block<T, KV, 1>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
+  for (; j < rows; ++j)
+    multiply_block<T, KV, 0>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
+}
+
+// out (rows, outer) = a (rows, inner) w + bias, or added to what is there. `bias` may be null.
+template <class T>
+static void multiply(const T* a, int64_t stride, int64_t rows, int64_t inner, const T* packed, int64_t outer,
+                     const T* bias, T* out, int64_t out_stride, bool add) {
+  for (int64_t c = 0; c < outer; c += panel_width<T>) {
+    const int64_t columns = outer - c < panel_width<T> ? outer - c : panel_width<T>;
+    const int64_t vectors = (columns + width<T> - 1) / width<T>;
+    // In parts whose weights stay in the first cache over all rows.
+    for (int64_t i = 0; i < inner; i += inner_part) {
+      const int64_t count = inner - i < inner_part ? inner - i : inner_part;
+      const T* w = packed + c * inner + i * vectors * width<T>;
+      const T* b = bias && i == 0 ? bias + c : nullptr;
+      const bool more = add || i > 0;
+      if (vectors == 1) multiply_panel<T, 1>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
+      if (vectors == 2) multiply_panel<T, 2>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
+      if constexpr (panel_vectors == 3)
+        if (vectors == 3) multiply_panel<T, 3>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
+    }
+  }
+}
+
+template <class T>
+struct Moments {
+  T mean, inverse;
+};
+
+template <class T>
+OBJSLOT_INLINE Moments<T> moments(const T* row, int64_t count, T eps) {
+  Vec<T> sum{};
+  int64_t d = 0;
+  for (; d + width<T> <= count; d += width<T>) sum += load(row + d);
+  if (d < count) sum += load_first(row + d, count - d);
+  const T mean = sum_lanes<T>(sum) / T(count);
+  Vec<T> squares{};
+  for (d = 0; d + width<T> <= count; d += width<T>) {
+    const Vec<T> rest = load(row + d) - mean;
+    squares = fused(rest, rest, squares);
+  }
+  T total = sum_lanes<T>(squares);
+  for (; d < count; ++d) total += (row[d] - mean) * (row[d] - mean);
+  const T variance = total / T(count) + eps;
+  T root;
+  if constexpr (sizeof(T) == 4)
+    root = __builtin_sqrtf(variance);
+  else
+    root = __builtin_sqrt(variance);
+  return {mean, T(1) / root};
+}
+
+// out = (row - mean) * inverse * weight + bias
+template <class T>
+OBJSLOT_INLINE void normalise(const T* row, int64_t count, Moments<T> m, const T* weight, const T* bias, T* out) {
+  for (int64_t d = 0; d < count; d += width<T>) {
+    const int64_t left = count - d;
+    const Vec<T> value = (load_upto(row + d, left) - m.mean) * m.inverse;
+    store_upto(out + d, fused(value, load_upto(weight + d, left), load_upto(bias + d, left)), left);
+  }
+}
+
+// The queries of a block of slots, and the constants of their logits; normed (rows, width) is to be worked in.
+template <class T>
+static void make_queries(const SlotRows& p, const T* slots, int64_t rows, T* normed, int64_t normed_stride, T* query,
+                         T* constant) {
+  const T* norm = static_cast<const T*>(p.layers.norm_slots);
+  const T* norm_bias = static_cast<const T*>(p.layers.norm_slots_bias);
+  for (int64_t j = 0; j < rows; ++j) {
+    const T* row = slots + j * p.width;
+    normalise<T>(row, p.width, moments<T>(row, p.width, T(p.slots_eps)), norm, norm_bias, normed + j * normed_stride);
+  }
+  const T* bias = static_cast<const T*>(p.layers.query_bias);
+  multiply<T>(normed, normed_stride, rows, p.width, static_cast<const T*>(p.packed) + p.query, p.input_width, bias,
+              query, p.input_width, false);
+  const T* last = static_cast<const T*>(p.layers.query) + p.input_width * p.width;
+  for (int64_t j = 0; j < rows; ++j) {
+    const T* row = normed + j * normed_stride;
+    T total = bias ? bias[p.input_width] : T(0);
+#pragma omp simd reduction(+ : total)
+    for (int64_t d = 0; d < p.width; ++d) total += row[d] * last[d];
+    constant[j] = total * T(p.scale);
+  }
+}
+
+// updates (rows, width): the averages as values; zero where a slot has no position.
+template <class T>
+static void make_updates(const SlotRows& p, const T* means, const T* mass, int64_t rows, T* updates, int64_t stride) {
+  multiply<T>(means, p.input_width, rows, p.input_width, static_cast<const T*>(p.packed) + p.value, p.width,
+              static_cast<const T*>(p.layers.value_bias), updates, stride, false);
+  for (int64_t j = 0; j < rows; ++j)
+    if (mass[j] == T(0)) clear(updates + j * stride, p.width);
+}
+
+}  // namespace objslot::OBJSLOT_ISA

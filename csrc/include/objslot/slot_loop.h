@@ -1,0 +1,134 @@
+// All iterations of slot attention on normalised inputs: projections folded into the side of the slots, the core of
+// slot_attention.h, a GRU or a residual sum, and a residual MLP; forward and backward.
+//
+// Everything is float32 or float64, and contiguous where no stride is named. R = batch * groups * slots rows of
+// slots, W their width, E that of the inputs, H that of the hidden layer.
+#pragma once
+
+#include <cstdint>
+
+#include "objslot/slot_attention.h"
+
+namespace objslot {
+
+// Layers as torch holds them, (outputs, inputs). Null: that bias is zero; all four of the gates: no GRU.
+struct SlotLayers {
+  const void *query, *query_bias;  // (E + 1, W), (E + 1): the last row gives the constant of the logits
+  const void *value, *value_bias;  // (W, E), (W)
+  const void *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;  // (W) each
+  const void *input_gates, *hidden_gates, *input_gates_bias, *hidden_gates_bias;  // (3W, W) twice, (3W) twice
+  const void *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;  // (H, W), (H), (W, H), (W)
+};
+
+struct SlotLoopProblem {
+  Element element;
+  int64_t batch, groups, slots, positions, width, input_width, hidden;
+  const void* x;  // (batch, positions, E)
+  int64_t x_stride, x_row_stride;
+  const void* mask;  // (batch, groups, positions) or null
+  int64_t mask_stride;
+  double scale, eps, slots_eps, mlp_eps;
+  SlotLayers layers;
+  int64_t rows() const { return batch * groups * slots; }
+};
+
+// What one iteration leaves for its backward pass.
+struct SlotLoopKept {
+  void* slots;  // (R, W): what it started from
+  void* means;  // (R, E): averages of the normalised inputs
+  void* mass;   // (R)
+  void* gates;  // (R, 4W): r, z, n and the hidden part of n; null without a GRU
+};
+
+struct SlotLoopForward {
+  const void* initial;  // (R, W)
+  int64_t iterations;
+  int64_t kept_from;         // the first iteration that is kept
+  const SlotLoopKept* kept;  // one for each from there on
+  void* mean;                // (batch, positions): statistics of the rows of x
+  void* inverse;
+  double x_eps;
+  void* const* logits;  // one (batch, groups, slots, positions) for every iteration, or null
+  void* slots;          // (R, W)
+};
+
+// One iteration backwards. Matrices of (R, ...) that the gradients of the layers are products of.
+struct SlotLoopBackward {
+  void* packed;  // slot_loop_packed_size elements, packed layers; `pack`: yet to be filled
+  bool pack;
+  SlotLoopKept kept;
+  const void* mean;
+  const void* inverse;
+  const void* grad_slots;   // (R, W)
+  const void* grad_logits;  // or null
+  void* grad_start;         // (R, W): the gradient of what the iteration started from
+  void* grad_x;             // (batch, positions, E) or null
+  bool add_to_x, finish_x;  // see SlotAttentionGradient
+  void* grad_mask;          // or null
+  bool add_to_mask;
+  void *normed_slots, *grad_query, *grad_constant;  // (R, W), (R, E), (R)
+  void *updates, *grad_updates;                     // (R, W) twice
+  void* grad_gates;                                 // (R, 4W): r, z, the input part of n, its hidden part
+  void *normed_mlp, *hidden, *grad_hidden;          // (R, W), (R, H) twice
+  // Sums over the rows, to be added to: (W) each of the norms; in the order of SlotLayers.
+  void *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;
+  void *query_bias, *value_bias, *gates_bias, *mlp_in_bias, *mlp_out_bias;  // (E + 1), (W), (4W), (H), (W)
+};
+
+// ---- rows of slots: what the kernels of an instruction set offer ----
+
+// A matrix of weights and where its packed form begins, in elements.
+struct PackedMatrix {
+  const void* data;
+  int64_t outer, inner, outer_stride, inner_stride, place;
+};
+
+struct SlotRows {
+  Element element;
+  int64_t rows, width, input_width, hidden;
+  double scale, slots_eps, mlp_eps;
+  SlotLayers layers;
+  const void* packed;
+  // Places in `packed`; the last six for the backward pass alone.
+  int64_t query, value, input_gates[3], hidden_gates[3], mlp_in, mlp_out;
+  int64_t query_back, value_back, input_gates_back, hidden_gates_back[2], mlp_in_back, mlp_out_back;
+};
+
+struct SlotRowsKernels {
+  int64_t (*packed_size)(Element, int64_t outer, int64_t inner);
+  void (*pack)(Element, const PackedMatrix*, int64_t count, void* packed, int threads);
+  // Mean and inverse deviation of the rows of x.
+  void (*statistics)(const SlotLoopProblem&, double eps, void* mean, void* inverse, int threads);
+  int64_t (*workspace)(const SlotRows&, int threads);
+  // The update of the slots from an iteration's averages, where there are any, and the queries of the next
+  // iteration, where they are wanted.
+  void (*advance)(const SlotRows&, const SlotLoopKept* kept, const void* slots, void* next, void* query,
+                  void* constant, void* workspace, int threads);
+};
+
+// A matrix (rows, columns) whose rows are added up, and where the sum is added to.
+struct RowSum {
+  const void* data;
+  int64_t rows, columns, stride;
+  void* out;
+};
+
+struct SlotRowsBackwardKernels {
+  int64_t (*workspace)(const SlotRows&, int threads);
+  // Rows of the matrices of partial sums, (chunks, W), that the two passes write for the norms.
+  int64_t (*chunks)(int64_t rows);
+  // From grad_slots to the gradient of the averages; also makes the queries again. norm_sums: for the weight and
+  // the bias of the norm of the MLP.
+  void (*to_means)(const SlotRows&, const SlotLoopBackward&, void* grad_means, void* query, void* constant,
+                   void* const* norm_sums, void* workspace, int threads);
+  // From grad_query and grad_constant, which it scales, to grad_start, which holds the part that went around the
+  // attention. norm_sums: for the norm of the slots.
+  void (*to_start)(const SlotRows&, const SlotLoopBackward&, void* const* norm_sums, void* workspace, int threads);
+  void (*sum_rows)(Element, const RowSum*, int64_t count, int threads);
+};
+
+void slot_loop_forward(const SlotLoopProblem&, const SlotLoopForward&, int threads);
+int64_t slot_loop_packed_size(const SlotLoopProblem&);
+void slot_loop_backward(const SlotLoopProblem&, const SlotLoopBackward&, int threads);
+
+}  // namespace objslot
