@@ -102,6 +102,14 @@ def test_every_dtype_and_size(backend, dtype, n, m):
     check(backend, dtype, cosines(3, n, m), masses(3, n), masses(3, m, seed=3), 0.05, 3)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 600, 530), (1, 1100, 530)])
+def test_a_kernel_too_large_to_keep(backend, dtype, shape):
+    batch, n, m = shape
+    check(backend, dtype, cosines(*shape), masses(batch, n), masses(batch, m, seed=3), 0.05, 3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("eps", [1e-3, 3e-3, 1e-2, 0.3, 10.0])
