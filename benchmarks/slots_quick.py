@@ -3,8 +3,9 @@
     python benchmarks/slots_quick.py [--threads 2] [--runs 15] [--cases core,masked,...] [--no-compile] [--memory]
 
 Prints milliseconds (medians) and how many times faster objslot was in the median of the ratios of the same round,
-after comparing every result with objslot's. With --memory prints the most memory that a forward and backward pass
-holds on top of its arguments, and what of it is held between the two, instead of times.
+after comparing every result with objslot's. With --memory prints, instead of times, the most memory in tensors that a
+forward pass, and a forward and backward pass, hold on top of their arguments; the workspaces of kernels and of BLAS
+are not tensors and not counted.
 """
 
 import argparse
