@@ -11,6 +11,7 @@ from objslot.ops import _native
 SCRIPT = """
 import torch
 from objslot.ops import _native, propagate, slot_attention, slot_softmax
+from objslot.ops.slot_loop import Epsilons, Layers, autograd, slot_loop
 assert _native.load().isa() == {level!r}
 torch.manual_seed(0)
 for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
@@ -36,6 +37,24 @@ for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bflo
         for place, (mine, theirs) in enumerate(zip(found["cpu"], found["reference"])):
             error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-3)
             assert error < budget, (dtype, groups, slots, place, float(error))
+for dtype, budget in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+    for groups, slots, positions, width, inputs, hidden in ((1, 7, 70, 64, 48, 100), (3, 5, 9, 19, 33, 7)):
+        layers = [torch.randn(size, dtype=dtype) / size[-1] ** 0.5
+                  for size in autograd.layer_sizes(width, inputs, hidden)]
+        given = [torch.randn(5, positions, inputs), torch.rand(5, groups, positions) + 0.1,
+                 torch.randn(5, groups, slots, width)]
+        given = [x.to(dtype) for x in given] + layers
+        found = {{}}
+        for backend in ("cpu", "reference"):
+            leaves = [x.clone().requires_grad_() for x in given]
+            x, mask, initial = leaves[:3]
+            results = slot_loop(x, initial, mask, Layers(*leaves[3:]), scale=0.3, iterations=2, backend=backend,
+                                eps=Epsilons(1e-3, 1e-5, 1e-5, 1e-5))[:2]
+            upper = [result.double().cos().to(dtype).detach() for result in results]
+            found[backend] = [*results, *torch.autograd.grad(results, leaves, upper)]
+        for place, (mine, theirs) in enumerate(zip(found["cpu"], found["reference"])):
+            error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-3)
+            assert error < budget, ("slot_loop", dtype, groups, slots, place, float(error))
 print("equal")
 """
 
