@@ -63,8 +63,8 @@ def guarded(scores, a, b, eps, n_iters):
     return reference.sinkhorn(scores, a, b, eps=eps, n_iters=n_iters)[0]
 
 
-def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2, start=None):
-    """Plan and gradients within `factor` times the error that plain PyTorch makes in this dtype.
+def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, start=None):
+    """Plan and gradients within twice the error that plain PyTorch makes in this dtype.
 
     Where that happens to be nothing: within the rounding of the result and a few roundings of the exponents.
     In float64 the oracle itself is no better than that.
@@ -89,7 +89,7 @@ def check(backend, dtype, scores, a, b, eps, n_iters, plain=plain, factor=2, sta
     for name, value, plain_value, exact, size in zip(NAMES, found, own, wanted, terms, strict=True):
         assert value.isfinite().all(), name
         error, plain_error = distance(value, exact, size), distance(plain_value.to(value.dtype), exact, size)
-        allowed = max(factor * plain_error, exponent) + 8 * torch.finfo(value.dtype).eps
+        allowed = max(2 * plain_error, exponent) + 8 * torch.finfo(value.dtype).eps
         assert error <= allowed, (name, error, plain_error)
 
 
@@ -136,9 +136,7 @@ def test_an_element_that_underflows_does_not_change_its_neighbours(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_iterations(backend):
-    # The rounding of the plan is the same in all of them and adds up in the gradient.
-    options = {"eps": 0.01, "n_iters": 1000, "factor": 4}
-    check(backend, torch.float32, cosines(1, 30, 30), masses(1, 30), masses(1, 30, seed=3), **options)
+    check(backend, torch.float32, cosines(1, 30, 30), masses(1, 30), masses(1, 30, seed=3), 0.01, 1000)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
