@@ -31,10 +31,10 @@ def border(size: tuple[int, int]) -> Tensor:
 
 
 class BorderContrast:
-    """Contrast of the positions of a video, in one pass over its frames.
+    """Contrast of the positions of a video, in two passes over its frames: `observe` all, then call with each.
 
-    A frame is compared with a fixed-size uniform sample of the border positions of all frames so far, its own among
-    them. The sample is seeded: the same video gives the same contrast.
+    A frame is compared with a fixed-size uniform sample of the border positions of the whole video. The sample is
+    seeded: the same video gives the same contrast.
     """
 
     def __init__(self):
@@ -43,19 +43,21 @@ class BorderContrast:
         self._order = torch.empty(0)
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
 
+    def observe(self, features: Tensor, grid: tuple[int, int]) -> None:
+        """Take note of the border of T frames with features (T, h * w, D) of unit length on a grid (h, w)."""
+        self._extend(features[:, border(grid).bool().to(features.device)].flatten(0, 1))
+
     def __call__(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Contrast (T, h, w) of T frames: 1 minus the mean cosine to the most similar fifth of the border.
+        """Contrast (h, w) of a frame: 1 minus the mean cosine to the most similar fifth of the border.
 
         Args:
-            features: (T, h * w, D) of unit length.
+            features: (h * w, D) of unit length.
             grid: (h, w).
         """
-        self._extend(features[:, border(grid).bool().to(features.device)].flatten(0, 1))
         nearest = max(1, round(_SHARE * len(self._sample)))
-        similar = torch.stack([(frame @ self._sample.T).topk(nearest, dim=1).values.mean(1) for frame in features])
-        contrast = 1 - similar
+        contrast = 1 - (features @ self._sample.T).topk(nearest, dim=1).values.mean(1)
         self._counts += torch.histc(contrast.double().cpu(), _BINS, 0, _LARGEST)
-        return contrast.unflatten(1, grid)
+        return contrast.unflatten(0, grid)
 
     def _extend(self, new: Tensor) -> None:
         # The positions with the least random numbers are a uniform sample, however many there have been.
@@ -66,7 +68,7 @@ class BorderContrast:
         self._order, self._sample = order[kept], sample[kept.to(sample.device)]
 
     def range(self) -> tuple[float, float]:
-        """The typical contrast of the frames so far, their median, and that of the most salient positions.
+        """The typical contrast of the frames measured, their median, and that of the most salient positions.
 
         The latter is exceeded by one position in 200, few enough for a small object, too many for chance.
         """

@@ -54,28 +54,29 @@ class VideoRegions(NamedTuple):
 class RegionSum:
     """Collects the regions of a video chunk by chunk: their masks, their contrast and what is known of them.
 
-    Every figure is linear in the masks, so one pass over the video is enough.
+    Every figure is linear in the masks, so one pass over the video is enough; the contrast, which depends on the border
+    of all frames, takes a second one over features that were put aside.
 
     Args:
         spool_in: where what is too large for memory is kept, see `MaskSpool`.
     """
 
     def __init__(self, spool_in: Path | None = None):
-        self._masks, self._contrast, self._measure = MaskSpool(spool_in), MaskSpool(spool_in), BorderContrast()
-        self._mass = self._feature = self._border = self._contrasts = None
+        self._masks, self._features, self._contrast = (MaskSpool(spool_in) for _ in range(3))
+        self._measure = BorderContrast()
+        self._mass = self._feature = self._border = None
         self._positions = 0
 
     def add(self, masks: Tensor, features: Tensor):
         """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length."""
-        contrast = self._measure(features, tuple(masks.shape[-2:]))
+        self._measure.observe(features, tuple(masks.shape[-2:]))
         self._masks.append(masks)
-        self._contrast.append(contrast[:, None])
+        self._features.append(features)
         flat = masks.flatten(2).double()
         parts = {
             "_mass": flat.sum((0, 2)),
             "_feature": torch.einsum("trp,tpd->rd", flat, features.double()),
             "_border": flat.sum(0) @ border(masks.shape[-2:]).to(flat),
-            "_contrasts": torch.einsum("trp,tp->r", flat, contrast.flatten(1).double()),
         }
         for name, value in parts.items():
             held = getattr(self, name)
@@ -83,14 +84,20 @@ class RegionSum:
         self._positions += flat.shape[0] * flat.shape[2]
 
     def result(self, semantics: Tensor) -> VideoRegions:
-        """The regions of all frames added so far, instances of `semantics` (R,)."""
+        """The regions of all frames added, instances of `semantics` (R,); to be asked for once."""
         mass = self._mass.clamp(min=1e-12)
+        contrasts = torch.zeros_like(mass)
+        for masks, features in zip(self._masks, self._features, strict=True):
+            masks, features = masks.to(mass.device).float(), features.to(mass.device).float()
+            contrast = self._measure(features, tuple(masks.shape[-2:]))
+            self._contrast.append(contrast[None, None])
+            contrasts += (masks * contrast).sum((1, 2)).double()
         low, high = self._measure.range()
         statistics = RegionStatistics(
             mass=self._mass / self._positions,
             feature=self._feature / mass[:, None],
             border=self._border / mass,
-            contrast=(self._contrasts / mass - low) / (high - low),
+            contrast=(contrasts / mass - low) / (high - low),
         )
         statistics = RegionStatistics(*(part.float().cpu() for part in statistics))
         return VideoRegions(self._masks, statistics, semantics, self._contrast, (low, high))
