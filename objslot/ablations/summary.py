@@ -85,10 +85,13 @@ def _finding(claim: Claim, scores: Scores, data_sets: Sequence[str], protocols: 
 def verdict(gains: Sequence[float], margin: float) -> str:
     """Whether gains, one a seed, are above `margin`: with several seeds by more than the standard error of their mean.
 
-    Returns "holds", "does not hold", or "undecided".
+    Returns "holds", "does not hold" or "undecided"; of one seed, whose spread nobody knows, "holds in this one run" or
+    "does not hold in this one run".
     """
     above = statistics.mean(gains) - margin
-    error = 0.0 if len(gains) == 1 else statistics.stdev(gains) / math.sqrt(len(gains))
+    if len(gains) == 1:
+        return ("holds" if above > 0 else "does not hold") + " in this one run"
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
     if above > error:
         return "holds"
-    return "does not hold" if above < -error or error == 0 else "undecided"
+    return "does not hold" if above < -error else "undecided"
