@@ -35,6 +35,7 @@ void bind_transport(py::module_& module) {
         return new ResultMemory(bytes);
       }))
       .def_buffer(&ResultMemory::info);
+  module.def("release_results", &release_results, "Hands the kept memory of large results back to the system.");
   module.def("multiplies_tokens", &multiplies_tokens, "Whether transport_pairs can do without scores.");
   module.def(
       "transport_pairs",

@@ -102,6 +102,17 @@ void give_result(void* data, int64_t bytes) {
   for (const Block& block : leaving) std::free(block.data);
 }
 
+void release_results() {
+  Results& all = results();
+  std::vector<Block> leaving;
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    leaving.swap(all.blocks);
+    all.bytes = 0;
+  }
+  for (const Block& block : leaving) std::free(block.data);
+}
+
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;

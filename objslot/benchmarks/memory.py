@@ -1,8 +1,8 @@
 """Peak memory of a call, in a process of its own.
 
 On the CPU: the growth of the resident set while the call runs, in a child that is forked for it and has made the call
-once before, in a thread that has ended, so that libraries are loaded and code is compiled but no workspace is kept
-from that call. Inputs are not counted, results are. On CUDA: the allocator's peak over what was held before.
+once before, in a thread that has ended, so that libraries are loaded and code is compiled but neither a workspace nor
+a result is kept from that call. Inputs are not counted, results are. On CUDA: the allocator's peak over what was held before.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ import torch
 
 from objslot.benchmarks import checking
 from objslot.benchmarks.problem import Operation, Problem
+from objslot.ops import _native
 
 CLEAR_PEAK = "5"
 
@@ -83,6 +84,9 @@ def cpu_peak(call: Callable[[], object]) -> int:
     first.start()
     first.join()
     gc.collect()
+    native = _native.load()
+    if native is not None:
+        native.release_results()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write(CLEAR_PEAK)

@@ -103,7 +103,7 @@ def broken(directory, **changes):
         (lambda d: broken(d, colour="red"), "unknown field 'colour'"),
         (lambda d: broken(d, slots=-3), "slots: got -3"),
         (lambda d: broken(d, encoder="never_heard_of"), "neither a model of timm nor registered"),
-        (lambda d: broken(d, slots=4), r"of another shape \(such as student.slots.mu\)"),
+        (lambda d: broken(d, slots=4), "does not fit its config.json: 4 slots"),
         (lambda d: broken(d, update="gru"), "are missing"),
         (lambda d: (d / "model.safetensors").write_bytes(b"no weights"), "cannot read .*model.safetensors"),
         (

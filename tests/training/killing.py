@@ -24,6 +24,8 @@ from objslot.training.checkpoint import list_checkpoints
 sys.path.append(str(Path(__file__).parent))
 from run import make_config
 
+TIMING = {"seconds", "seconds_waiting"}
+
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
@@ -150,7 +152,7 @@ def finish(whole: Path, out: Path, settings) -> None:
 
 def metrics(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
 if __name__ == "__main__":

@@ -29,5 +29,7 @@ void prefer_huge_pages(void* data, int64_t bytes);
 // may call both.
 void* take_result(int64_t bytes);
 void give_result(void* data, int64_t bytes);
+// Hands the kept memory of results back to the system.
+void release_results();
 
 }  // namespace objslot
