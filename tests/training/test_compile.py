@@ -14,6 +14,7 @@ from objslot.training import train
 def test_compiled_training_takes_the_same_steps(shared_videos, tmp_path, config, metrics, train_encoder):
     fields = {"steps": 3, "model": {"train_encoder": train_encoder}, "unfreeze_at": 1}
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     graphs = torch._dynamo.utils.counters["stats"]
     train(config(**fields), shared_videos, tmp_path / "eager")
     assert not graphs["unique_graphs"]
