@@ -128,7 +128,10 @@ def _solve(
         mass = _masses(a, batch, a_stride, rows, n, HAS_A, D)
         log_a = _logarithm(mass)
     f = tl.full((ROWS,), 0.0, D)
-    blocks = (n + ROWS - 1) // ROWS
+    if RESIDENT:
+        blocks = 1
+    else:
+        blocks = (n + ROWS - 1) // ROWS
     count = 0
     more = n_iters > 0
     while more:
@@ -179,7 +182,7 @@ def _solve(
                 f = tl.load(history_f + slot * n + i, mask=i < n, other=float("-inf"))
             if STORE_PLAN:
                 value = tl.exp2(logits + f[:, None] + g[None, :])
-                place = plan + batch * n * m + i[:, None].to(tl.int64) * m + j[None, :]
+                place = plan + (batch * n + block * ROWS) * m + rows[:, None] * m + j[None, :]
                 tl.store(place, value.to(plan.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
             if NEEDS_ERROR:
                 next_f, row_top, row_total = _set_rows(logits, g, log_a)
@@ -441,6 +444,16 @@ def shape_of_program(n: int, m: int, dtype: torch.dtype) -> tuple[int, int, int]
     return rows, columns, 8 if rows * columns > TILE // 2 else 4
 
 
+def shape_of_solver(n: int, m: int, dtype: torch.dtype) -> tuple[int, int, int, bool]:
+    """Rows and columns of a tile and warps where one program makes all iterations, and if the tile stays there."""
+    rows, columns, warps = shape_of_program(n, m, dtype)
+    if n <= rows and max(n, m) <= RESIDENT:
+        return rows, columns, warps, True
+    # The three passes over the tiles hold addresses of their own: a full tile spills a few registers.
+    rows = max(1, rows // 2)
+    return rows, columns, 8 if rows * columns * compute_dtype(dtype).itemsize > 2 * TILE else 4, False
+
+
 def shares_of_matrix(batch: int, n: int, rows: int) -> int:
     """Programs that divide the rows of one matrix: none where the batch occupies the GPU by itself."""
     if batch >= LARGE_BATCH:
@@ -506,6 +519,9 @@ def _solve_all(scores, a, b, eps, n_iters, tol, plan, history_f, history_g, coun
     shares = shares_of_matrix(size, n, rows)
     scale, bound = LOG2_E / eps, 0.0 if tol is None else tol
     slots = history_g.shape[0]
+    resident = False
+    if shares == 1:
+        rows, columns, warps, resident = shape_of_solver(n, m, scores.dtype)
     constants = {
         "ROWS": rows, "COLUMNS": columns, "HAS_A": a is not None, "D": _element(scores.dtype), "num_warps": warps,
     }  # fmt: skip
@@ -515,7 +531,7 @@ def _solve_all(scores, a, b, eps, n_iters, tol, plan, history_f, history_g, coun
         _solve[size,](
             scores, a, b, plan, history_f, history_g, errors, counts, size, slots, n, m, n_iters,
             *scores.stride(), a_stride, b_stride, scale, bound, HAS_B=has_b, EARLY=early, STORE_PLAN=store_plan,
-            NEEDS_ERROR=return_error, RESIDENT=n <= rows and max(n, m) <= RESIDENT, **constants,
+            NEEDS_ERROR=return_error, RESIDENT=resident, **constants,
         )  # fmt: skip
         return errors
     blocks = triton.cdiv(n, rows * shares)

@@ -232,16 +232,16 @@ class _Pair:
         sides = (self.y, self.x, *self.inverse[::-1]) if swapped else (self.x, self.y, *self.inverse)
         return sides, (self.m, self.n) if swapped else (self.n, self.m)
 
-    def constants(self, rows, columns):
+    def constants(self, rows, columns, features=BLOCK_FEATURES):
         return {
             "WIDTH": self.width, "ROWS": _at_most(self.tokens, rows), "COLUMNS": _at_most(self.tokens, columns),
-            "BLOCK": _at_most(BLOCK_FEATURES, self.width), "SCALED": self.scaled, "PRECISION": self.precision,
+            "BLOCK": _at_most(features, self.width), "SCALED": self.scaled, "PRECISION": self.precision,
             "num_warps": 4,
         }  # fmt: skip
 
-    def launch(self, kernel, swapped, columns_of_grid, *arguments, **constants):
+    def launch(self, kernel, swapped, columns_of_grid, *arguments, features=BLOCK_FEATURES, **constants):
         sides, (rows, columns) = self.sides(swapped)
-        common = self.constants(rows, columns)
+        common = self.constants(rows, columns, features)
         kernel[self.batch, triton.cdiv(rows, common["ROWS"]), columns_of_grid](
             *sides, *arguments, **common, **constants
         )
@@ -290,13 +290,15 @@ class _Pair:
         tokens = self.y if swapped else self.x
         found = tokens.new_empty(tokens.shape, dtype=torch.float32)
         out = _at_most(BLOCK_GRADIENT, self.width)
+        # Three products of TF32 hold three tiles for one: a whole block of features spills a few registers.
+        features = BLOCK_FEATURES // 2 if self.precision == "tf32x3" else BLOCK_FEATURES
         arguments = (f, g, left, right, left_values, right_values)
         if swapped:
             arguments = (g, f, right, left, right_values, left_values)
         self.launch(
             _token_gradient, swapped, triton.cdiv(self.width, out), *arguments, found, self.batch, rows, columns,
             self.factor, left.shape[0], VALUES=left_values.shape[-1],
-            VALUE_BLOCK=_at_most(BLOCK_FEATURES, left_values.shape[-1]), OUT=out,
+            VALUE_BLOCK=_at_most(features, left_values.shape[-1]), OUT=out, features=features,
         )  # fmt: skip
         found /= eps
         if self.lengths is None:
