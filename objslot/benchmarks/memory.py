@@ -2,7 +2,8 @@
 
 On the CPU: the growth of the resident set while the call runs, in a child that is forked for it and has made the call
 once before, in a thread that has ended, so that libraries are loaded and code is compiled but neither a workspace nor
-a result is kept from that call. Inputs are not counted, results are. On CUDA: the allocator's peak over what was held before.
+a result is kept from that call. Inputs are not counted, results are. On CUDA: the allocator's peak over what was held
+before.
 """
 
 import ctypes
