@@ -18,7 +18,8 @@ import triton.language as tl
 from objslot.ops._arithmetic import compute_dtype
 
 RESIDENT = 64
-MOST_COLUMNS = 4096
+# A row of more spills registers.
+MOST_COLUMNS, MOST_WIDE_COLUMNS = 4096, 2048
 # Batches that occupy the GPU with one program for each matrix.
 LARGE_BATCH = 96
 # Numbers that a tile holds.
@@ -425,11 +426,12 @@ def _gradient(
     tl.store(place, value.to(grad_scores.dtype.element_ty), mask=inside)
 
 
-def why_not(*, m, started=False, **facts) -> str | None:
+def why_not(*, m, dtype=None, started=False, **facts) -> str | None:
     """Why these kernels cannot serve a call on a CUDA tensor, or None."""
     if started:
         return "starts from potentials of zero only"
-    return None if m <= MOST_COLUMNS else f"holds whole rows of at most {MOST_COLUMNS} columns, got {m}"
+    most = MOST_WIDE_COLUMNS if dtype == torch.float64 else MOST_COLUMNS
+    return None if m <= most else f"holds whole rows of at most {most} columns, got {m}"
 
 
 def _element(dtype: torch.dtype):
