@@ -56,10 +56,10 @@ class TrainingStep:
         if self._wrapped is None:
             self._wrapped = self._wrap()
         device, parts = self._world.device, self._config.accumulate
-        alone = self._world.size > 1 and not last
-        with self._wrapped.no_sync() if alone else nullcontext():
+        wrapped = self._wrapped
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
-                terms = self._wrapped(student, teacher, generators)
+                terms = wrapped(student, teacher, generators)
             (terms["loss"] / parts).backward()
         for name, value in terms.items():
             share = value.detach() / parts
