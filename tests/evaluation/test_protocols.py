@@ -272,6 +272,8 @@ import os, signal, sys, time
 from objslot.evaluation.workers import side_by_side
 def end(*_): raise SystemExit(143)
 signal.signal(signal.SIGTERM, end)
+# A shell has its background jobs ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Sleeper:
     def sleep(self, k):
         if k < 8:
