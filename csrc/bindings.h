@@ -14,12 +14,19 @@
 
 namespace objslot {
 
+// No address of a real process is as high.
+constexpr int64_t end_of_memory = int64_t{1} << 56;
+
+inline void check_address(const char* name, std::uintptr_t address, std::uintptr_t alignment, bool required) {
+  if (address % alignment != 0 || address >= static_cast<std::uintptr_t>(end_of_memory) || (required && address == 0))
+    throw std::invalid_argument(std::string(name) + ": expected the address of aligned memory, got " +
+                                std::to_string(address));
+}
+
 // The typed pointer behind an address; null where `required` is false and the address is 0.
 template <class T>
 T* pointer(const char* name, std::uintptr_t address, bool required = true) {
-  if (address % alignof(T) != 0 || (required && address == 0))
-    throw std::invalid_argument(std::string(name) + ": expected the address of aligned memory, got " +
-                                std::to_string(address));
+  check_address(name, address, alignof(T), required);
   return reinterpret_cast<T*>(address);
 }
 
@@ -31,7 +38,6 @@ struct Dimension {
 // What no dimension of a real tensor is: negative, or so large that an address would not hold its end.
 inline void check_span(const char* name, std::uintptr_t address, int64_t bytes,
                        std::initializer_list<Dimension> dimensions) {
-  constexpr int64_t end_of_memory = int64_t{1} << 56;
   int64_t last = 0;
   bool empty = false, fits = true;
   for (const auto [size, stride] : dimensions) {
@@ -45,11 +51,12 @@ inline void check_span(const char* name, std::uintptr_t address, int64_t bytes,
     throw std::invalid_argument(std::string(name) + ": sizes or strides out of range");
 }
 
-// The same for contiguous memory of these sizes.
+// The same for contiguous memory of these sizes; where one is zero, the product of the others has to fit all the same.
 inline void check_dense(const char* name, std::uintptr_t address, int64_t bytes, std::initializer_list<int64_t> sizes) {
   int64_t count = 1;
   bool fits = true;
-  for (const int64_t size : sizes) fits = fits && size >= 0 && !__builtin_mul_overflow(count, size, &count);
+  for (const int64_t size : sizes)
+    fits = fits && size >= 0 && !__builtin_mul_overflow(count, size > 0 ? size : 1, &count);
   if (!fits) throw std::invalid_argument(std::string(name) + ": sizes out of range");
   check_span(name, address, bytes, {{count, 1}});
 }
@@ -67,9 +74,7 @@ inline int64_t arithmetic_bytes_of(Element element) { return element == Element:
 
 // The address of elements, aligned to their size; null where `required` is false and the address is 0.
 inline char* elements(const char* name, std::uintptr_t address, int64_t bytes, bool required = true) {
-  if (address % static_cast<std::uintptr_t>(bytes) != 0 || (required && address == 0))
-    throw std::invalid_argument(std::string(name) + ": expected the address of aligned memory, got " +
-                                std::to_string(address));
+  check_address(name, address, static_cast<std::uintptr_t>(bytes), required);
   return reinterpret_cast<char*>(address);
 }
 

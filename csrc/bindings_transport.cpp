@@ -55,6 +55,9 @@ void bind_transport(py::module_& module) {
         check_dense("masses", masses, bytes, {frames, n});
         check_dense("forth", forth, bytes, {pairs, n, channels});
         check_dense("back", back, bytes, {pairs, n, channels});
+        check_dense("firsts", firsts, 8, {pairs});
+        check_dense("seconds", seconds, 8, {pairs});
+        check_dense("lost", lost, 1, {pairs});
         const bool some = pairs > 0;
         const int64_t* rows = pointer<const int64_t>("firsts", firsts, some);
         const int64_t* columns = pointer<const int64_t>("seconds", seconds, some);
