@@ -12,7 +12,8 @@ from objslot.benchmarks.problem import Operation, write_shape
 from objslot.errors import UserError
 
 # The one operation that is no function of tensors: see training_step.py.
-TRAINING_STEP, AUTHORS, WHOLE_STEP = "training_step", "authors' formulation", "whole step"
+TRAINING_STEP, WHOLE_STEP = "training_step", "whole step"
+AUTHORS, AUTHORS_LEARNING = "authors' formulation", "authors' formulation, encoder learns, float32"
 
 # Seconds of rounds for one mode of one shape.
 BUDGET, BUDGET_QUICK, BUDGET_SCALING = 0.8, 0.4, 0.3

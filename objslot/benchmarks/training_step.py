@@ -1,24 +1,23 @@
-"""A whole training step, and its parts, beside the authors' formulation.
+"""Whole training steps, in every setting of the recipe, beside the authors' formulation.
 
 A step: both views of B clips of T frames through the encoder, fusion, both slot stages, the losses, the backward
 pass, the optimiser and the teacher. Losses, and the gradient of the student, are compared with the authors'
-formulation in float64 before anything is timed.
+formulation in float64 before anything is timed. Views are given as normalised frames: augmentation is on neither side.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from objslot.benchmarks import checking, memory, runner
 from objslot.benchmarks.peers.training import AuthorsModel
-from objslot.benchmarks.suite import AUTHORS, TRAINING_STEP, WHOLE_STEP, Job, Plan
-from objslot.benchmarks.timing import measure, paired_ratio
+from objslot.benchmarks.suite import AUTHORS, AUTHORS_LEARNING, TRAINING_STEP, WHOLE_STEP, Job, Plan
+from objslot.benchmarks.timing import Samples, measure, paired_ratio
 from objslot.models import SMTC, SMTCConfig
-from objslot.models.branch import random_noise
-from objslot.models.correspondence import draw_other_frames, gather_frames
 from objslot.models.encoder import FrameFeatures
 from objslot.training import TrainingConfig
 from objslot.training.distributed import World
@@ -33,27 +32,54 @@ LOSSES = ("loss", "semantic", "instance", "diversity")
 # Untrained slots would all be left out of the instance loss, and neither side would do its work.
 VALID = {"valid_similarity": 0.0, "valid_threshold": 0.0, "valid_area": 0.0}
 
-ROUNDS, BUDGET = (5, 9), 8.0
-PART_ROUNDS, PART_BUDGET = (5, 15), 1.5
+ROUNDS, BUDGET = (5, 9), 40.0
+
+
+class Setting(NamedTuple):
+    """How a step is run."""
+
+    dtype: torch.dtype
+    encoder: str
+    """"frozen", "learns", or "stored": its features were computed beforehand, the same for both views."""
+
+    @property
+    def mode(self) -> str:
+        return f"{WHOLE_STEP}, {'stored features' if self.encoder == 'stored' else f'encoder {self.encoder}'}"
+
+
+SETTINGS = (
+    Setting(torch.float32, "frozen"),
+    Setting(torch.bfloat16, "frozen"),
+    Setting(torch.float32, "stored"),
+    Setting(torch.float32, "learns"),
+    Setting(torch.bfloat16, "learns"),
+)
+# The recipe taken literally: every step goes back through the encoder, in single precision.
+LITERAL = Setting(torch.float32, "learns")
 
 
 class Step:
     """Both sides of a comparison: the same weights, frames, draws and settings."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, trains: bool, sizes=SIZES, encoder: str = ENCODER):
+    def __init__(self, device: torch.device, setting: Setting, sizes=SIZES, encoder: str = ENCODER):
         clips, frames, pixels = sizes
         source = torch.Generator().manual_seed(0)
+        learns = setting.encoder == "learns"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = SMTCConfig(
-                encoder=encoder, pretrained=False, image_size=pixels, train_encoder=trains, **VALID
+                encoder=encoder, pretrained=False, image_size=pixels, train_encoder=learns, **VALID
             )  # fmt: skip
             self.ours = SMTC(config).to(device)
         self.authors = AuthorsModel(self.ours)
-        self.device, self.dtype, self.trains = device, dtype, trains
+        self.device, self.dtype = device, setting.dtype
         size = (clips, frames, 3, *self.ours.frame_size)
         self.views = [torch.randn(size, generator=source).to(device) for _ in range(2)]
-        self.encode = None if trains else FrozenEncoder(self.ours.encoder, "bf16" if self._half else "fp32")
+        self._stored: list[FrameFeatures] | None = None
+        self.encode = None if learns else FrozenEncoder(self.ours.encoder, "bf16" if self._half else "fp32")
+        if setting.encoder == "stored":
+            self.views = [self.views[0]] * 2
+            self._stored = self.our_views()
         recipe = TrainingConfig(
             model=config, precision="bf16" if self._half else "fp32", batch_size=clips, frames=frames
         )  # fmt: skip
@@ -72,9 +98,11 @@ class Step:
         return [torch.Generator().manual_seed(clip) for clip in range(len(self.views[0]))]
 
     def our_views(self) -> list[Tensor] | list[FrameFeatures]:
-        """What the model is given: a frozen encoder has seen both views in one pass."""
+        """What the model is given: a frozen encoder has seen both views."""
         if self.encode is None:
             return self.views
+        if self._stored is not None:
+            return self._stored
         keys, _, attention, grid = self.encode(torch.cat(self.views))
         attention = (None, None) if attention is None else attention.chunk(2)
         return [FrameFeatures(*parts, grid) for parts in zip(keys.chunk(2), (None, None), attention, strict=True)]
@@ -123,24 +151,20 @@ def _quantities(losses: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """Whole steps with the encoder frozen (float32, bfloat16) and learning (float32), and the parts of the first."""
+    """Every setting in one interleaved run, and the parts of the first; a quick plan has the first setting alone."""
     threads = plan.threads[0]
-    cases = [("float32", False)] if plan.quick else [("float32", False), ("bfloat16", False), ("float32", True)]
-    found = [
-        Job(
-            f"{TRAINING_STEP} {dtype} {'trained' if trains else 'frozen'}",
-            partial(_whole, plan.device, getattr(torch, dtype), threads, trains, peaks=not plan.quick),
-        )
-        for dtype, trains in cases
+    if plan.quick:
+        return [Job(TRAINING_STEP, partial(_whole, plan.device, SETTINGS[:1], threads))]
+    from objslot.benchmarks import training_parts
+
+    return [
+        Job(f"{TRAINING_STEP} whole", partial(_whole, plan.device, SETTINGS, threads)),
+        Job(f"{TRAINING_STEP} memory", partial(_peaks, plan.device, SETTINGS, threads)),
+        Job(f"{TRAINING_STEP} parts", partial(training_parts.rows, plan.device, threads)),
     ]
-    return found if plan.quick else [*found, Job(f"{TRAINING_STEP} parts", partial(_parts, plan.device, threads))]
 
 
-def mode_of(trains: bool) -> str:
-    return f"{WHOLE_STEP}, {'encoder learns' if trains else 'encoder frozen'}"
-
-
-def _base(device: torch.device, dtype: torch.dtype, threads: int) -> dict:
+def base_record(device: torch.device, dtype: torch.dtype, threads: int, mode: str) -> dict:
     return {
         "kind": "time",
         "operation": TRAINING_STEP,
@@ -149,135 +173,71 @@ def _base(device: torch.device, dtype: torch.dtype, threads: int) -> dict:
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
+        "mode": mode,
     }
 
 
-def _whole(
-    device: torch.device, dtype: torch.dtype, threads: int, trains: bool, *, peaks: bool
-) -> Iterator[dict]:
+def _whole(device: torch.device, settings: tuple[Setting, ...], threads: int) -> Iterator[dict]:
     torch.set_num_threads(threads)
-    step = Step(device, dtype, trains)
-    errors = dict(zip((runner.OURS, AUTHORS), step.errors(), strict=True))
-    base = _base(device, dtype, threads) | {"mode": mode_of(trains)}
-    calls = {runner.OURS: step.run_ours, AUTHORS: step.run_theirs}
-    yield from _rows(base, calls, errors, dtype, device, BUDGET, ROUNDS)
-    if peaks:
-        del step, calls
-        with memory.Measurer(device) as measurer:
+    steps = {setting: Step(device, setting) for setting in settings}
+    errors, bounds, calls = {}, {}, {}
+    for setting, step in steps.items():
+        found = dict(zip((runner.OURS, AUTHORS), step.errors(), strict=True))
+        bounds[setting] = checking.bound(found[AUTHORS], setting.dtype)
+        # Nobody stores features in the authors' formulation: there it only says what is right.
+        for name, run in ((runner.OURS, step.run_ours), (AUTHORS, step.run_theirs)):
+            if name == AUTHORS and setting.encoder == "stored":
+                continue
+            errors[setting, name] = found[name]
+            if found[name] <= bounds[setting]:
+                calls[setting, name] = run
+    for call in calls.values():
+        call()
+    # `measure` names its contestants.
+    samples = measure({str(key): call for key, call in calls.items()}, BUDGET, device, rounds=ROUNDS)
+    for setting in settings:
+        base = base_record(device, setting.dtype, threads, setting.mode)
+        own = samples.get(str((setting, runner.OURS)))
+        for name in (runner.OURS, AUTHORS):
+            if (setting, name) in errors:
+                found = samples.get(str((setting, name)))
+                yield base | {"name": name} | row(errors[setting, name], bounds[setting], found, own)
+        if setting != LITERAL and (LITERAL, AUTHORS) in calls:
+            found = samples[str((LITERAL, AUTHORS))]
+            note = "another setting" if setting.dtype == LITERAL.dtype else "another setting and precision"
+            yield base | {"name": AUTHORS_LEARNING} | row(
+                errors[LITERAL, AUTHORS], bounds[LITERAL], found, own, note=note
+            )
+
+
+def row(error: float, bound: float, found: Samples | None, own: Samples | None, note: str = "") -> dict:
+    """The part of a record that says what was measured; `own` are objslot's samples, to form the ratio with."""
+    record = {
+        "status": runner.WRONG if found is None else runner.OTHER if note else runner.OK,
+        "note": note,
+        "error": error if error < float("inf") else None,
+        "bound": bound,
+    }
+    if found is not None:
+        record |= {"seconds": asdict(found.quartiles), "samples": found.taken, "dropped": found.dropped}
+        ratio = None if own is None or own is found else paired_ratio(found, own)
+        record |= {} if ratio is None else {"ratio": asdict(ratio)}
+    return record
+
+
+def _peaks(device: torch.device, settings: tuple[Setting, ...], threads: int) -> Iterator[dict]:
+    with memory.Measurer(device) as measurer:
+        for setting in settings:
+            base = base_record(device, setting.dtype, threads, setting.mode)
             for name in (runner.OURS, AUTHORS):
-                request = {TRAINING_STEP: trains, "name": name, "dtype": base["dtype"], "threads": threads}
+                if name == AUTHORS and setting.encoder == "stored":
+                    continue
+                request = {TRAINING_STEP: setting.encoder, "name": name, "dtype": base["dtype"], "threads": threads}
                 call = None if device.type == "cpu" else step_call(device, request)
                 yield {**base, "kind": "memory", "name": name, "peak_bytes": measurer.peak_of(request, call)}
 
 
 def step_call(device: torch.device, request: dict) -> Callable[[], None]:
     """The step that a request for its peak memory describes."""
-    step = Step(device, getattr(torch, request["dtype"]), request[TRAINING_STEP])
+    step = Step(device, Setting(getattr(torch, request["dtype"]), request[TRAINING_STEP]))
     return step.run_ours if request["name"] == runner.OURS else step.run_theirs
-
-
-def _rows(base, calls, errors, dtype, device, budget, rounds) -> Iterator[dict]:
-    bound = checking.bound(errors[AUTHORS], dtype)
-    right = {name: call for name, call in calls.items() if errors[name] <= bound}
-    for call in right.values():
-        call()
-    samples = measure(right, budget, device, rounds=rounds)
-    for name in calls:
-        error = errors[name]
-        row = {
-            **base, "name": name, "status": runner.OK if name in right else runner.WRONG, "note": "",
-            "error": error if error < float("inf") else None, "bound": bound,
-        }  # fmt: skip
-        if name in right:
-            own = samples[name]
-            row |= {"seconds": asdict(own.quartiles), "samples": own.taken, "dropped": own.dropped}
-            if name != runner.OURS and runner.OURS in right:
-                ratio = paired_ratio(own, samples[runner.OURS])
-                row |= {} if ratio is None else {"ratio": asdict(ratio)}
-        yield row
-
-
-def _parts(device: torch.device, threads: int) -> Iterator[dict]:
-    """Each part forward, and backward where something learns, on inputs that are made beforehand."""
-    torch.set_num_threads(threads)
-    dtype = torch.float32
-    step = Step(device, dtype, trains=False)
-    errors = dict(zip((runner.OURS, AUTHORS), step.errors(), strict=True))
-    for mode, ours, theirs in _part_calls(step):
-        base = _base(device, dtype, threads) | {"mode": mode}
-        yield from _rows(
-            base, {runner.OURS: ours, AUTHORS: theirs}, errors, dtype, device, PART_BUDGET, PART_ROUNDS
-        )
-
-
-def _part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:
-    ours, authors = step.ours, step.authors
-    config = ours.config
-    student, teacher = step.our_views()
-    clips, frames = student.keys.shape[:2]
-    index = draw_other_frames(clips, frames, config.n_other, sampling=config.sampling).to(step.device)
-    noise = random_noise((clips, frames, config.slots, config.instances, ours.width), step.device)
-
-    def encode_theirs():
-        authors.encoder(step.views[0])
-        with torch.no_grad():
-            authors.teacher_encoder(step.views[1])
-
-    yield "encoder", step.our_views, encode_theirs
-
-    def fuse_ours(branch, features):
-        other = gather_frames(branch.fusion.prepare(features.keys, features.grid), index).squeeze(2)
-        return branch.fusion(branch.project(features.keys), branch.fusion.correspond(features.keys, other))[0]
-
-    def fuse_theirs(branch, features):
-        return authors.fuse(branch, features.keys, index)
-
-    def sides(call, model):
-        """Forward and backward for the student, forward for the teacher, as in a step."""
-
-        def both():
-            found = call(model.student, student)
-            torch.autograd.backward(found, [torch.ones_like(part) for part in found])
-            with torch.no_grad():
-                call(model.teacher, teacher)
-            model.zero_grad()
-
-        return both
-
-    yield "correspondence", sides(lambda *a: [fuse_ours(*a)], ours), sides(lambda *a: [fuse_theirs(*a)], authors)
-
-    with torch.no_grad():
-        fused = {id(features): fuse_ours(ours.student, features) for features in (student, teacher)}
-
-    def stages_ours(branch, features):
-        found = branch.slots(fused[id(features)].detach().requires_grad_(), noise=noise)
-        return [found.semantic_logits, branch.head(found.instance_slots)]
-
-    def stages_theirs(branch, features):
-        found = authors.stages(branch, fused[id(features)].detach().requires_grad_(), noise)
-        return [found["logits"], found["objects"]]
-
-    yield "slots", sides(stages_ours, ours), sides(stages_theirs, authors)
-
-    with torch.no_grad():
-        found = ours.student.slots(fused[id(student)], noise=noise)
-        target = ours.teacher.slots(fused[id(teacher)], noise=noise)
-        objects, target_objects = ours.student.head(found.instance_slots), ours.teacher.head(target.instance_slots)
-        their_found = authors.stages(authors.student, fused[id(student)], noise)
-        their_target = authors.stages(authors.teacher, fused[id(teacher)], noise)
-
-    def losses_ours():
-        logits, leaves = found.semantic_logits.detach().requires_grad_(), objects.detach().requires_grad_()
-        learned = found._replace(semantic_logits=logits, semantic=logits.softmax(-2))
-        ours._losses(learned, leaves, target, target_objects, teacher)["loss"].backward()
-
-    def losses_theirs():
-        logits, leaves = (their_found[name].detach().requires_grad_() for name in ("logits", "objects"))
-        learned = their_found | {"logits": logits, "semantic": logits.softmax(-2), "objects": leaves}
-        authors.losses(learned, their_target, teacher.keys)["loss"].backward()
-
-    yield "losses", losses_ours, losses_theirs
-    for parameter in (*ours.student.parameters(), *authors.student.parameters()):
-        parameter.grad = torch.ones_like(parameter)
-    yield "optimiser", step.step.optimizer.step, step.authors_optimizer.step
-    yield "teacher", ours.update_teacher, authors.update_teacher

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from objslot.benchmarks import checking, registry, runner, session, table, training_step
+from objslot.benchmarks import registry, runner, session, table
 from objslot.benchmarks.problem import Peer, with_compiled
 from objslot.benchmarks.suite import Job
 
@@ -177,21 +177,6 @@ def test_the_registry_is_whole():
 def test_compiled_peers_run_compiled():
     found = rows(with_peers(*with_compiled("plain", plain, modes=("default",))))
     assert found["forward+backward", "plain, compiled"]["status"] == "ok"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_training_step_and_the_authors_formulation_agree(trains, dtype):
-    step = training_step.Step(CPU, dtype, trains, sizes=(1, 2, 64), encoder="test_vit.r160_in1k")
-    ours, theirs = step.errors()
-    assert 0 < ours <= checking.bound(theirs, dtype)
-    for run in (step.run_ours, step.run_theirs):
-        run()
-    assert step.our_losses()["valid_share"] > 0
-    if not trains and dtype == torch.float32:
-        for _, own, other in training_step._part_calls(step):
-            own()
-            other()
 
 
 def test_a_peer_that_breaks_down_while_it_is_timed_leaves_the_others_their_times():
