@@ -44,9 +44,14 @@ def registered() -> dict[str, tuple[str, ...]]:
     return {op: tuple(rows) for op, rows in _rows.items()}
 
 
+def named() -> str | None:
+    """The backend that `use_backend` or the environment asks for by name."""
+    return _forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
+
+
 def select(op: str, requested: str | None = None, **facts) -> str:
     """The backend that serves this call; raises BackendError when the one asked for by name cannot."""
-    name = requested or _forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
+    name = requested or named()
     if name is not None and name != "auto":
         reason = _reason(op, name, facts)
         if reason is not None:

@@ -1,6 +1,5 @@
 """Entropic optimal transport between two discrete measures, by Sinkhorn's algorithm in the log domain."""
 
-import torch
 from torch import Tensor
 
 from objslot.ops import _checks
@@ -54,9 +53,7 @@ def sinkhorn(
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
     a, b, start = _checked(scores, a, b, start, eps, n_iters, tol)
-    plan, _, _, error, *_ = torch.ops.objslot.sinkhorn(
-        scores, a, b, start, eps, n_iters, tol, _needs_gradient(scores, a, b), True, return_error, backend
-    )
+    plan, _, _, error = autograd.sinkhorn(scores, a, b, start, eps, n_iters, tol, True, return_error, backend)
     return (plan, error) if return_error else plan
 
 
@@ -81,9 +78,7 @@ def sinkhorn_potentials(
         the dtype of the scores; -inf where the mass is zero. With `return_error` also the error (...).
     """
     a, b, start = _checked(scores, a, b, start, eps, n_iters, tol)
-    _, f, g, error, *_ = torch.ops.objslot.sinkhorn(
-        scores, a, b, start, eps, n_iters, tol, _needs_gradient(scores, a, b), False, return_error, backend
-    )
+    _, f, g, error = autograd.sinkhorn(scores, a, b, start, eps, n_iters, tol, False, return_error, backend)
     return (f, g, error) if return_error else (f, g)
 
 
@@ -113,6 +108,8 @@ def _checked(scores, a, b, start, eps, n_iters, tol):
     _checks.at_least("n_iters", n_iters, 1)
     if tol is not None:
         _checks.positive("tol", tol)
+    if a is b is start is None:
+        return None, None, None
     *batch, n, m = scores.shape
     return (
         marginal("a", a, scores, batch, n, "n"),
@@ -142,6 +139,3 @@ def first_potentials(start: Tensor | None, other: Tensor, batch: list[int], m: i
     start = marginal("start", start, other, batch, m, "m")
     return None if start is None else start.detach()
 
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _backends, _checks, _native, _triton
+from objslot.ops import _backends, _checks, _direct, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
-from objslot.ops.sinkhorn import cuda, reference
+from objslot.ops.sinkhorn import cuda, native, reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
@@ -39,8 +39,6 @@ def facts(scores: Tensor, n_iters: int, tol: float | None, start: Tensor | None 
 
 def _implementation(backend: str):
     if backend == "cpu":
-        from objslot.ops.sinkhorn import native
-
         return native
     if backend == "triton":
         return _triton.kernels(__package__)
@@ -97,10 +95,7 @@ def differentiable_backward(grad_plan, grad_f, grad_g, scores, a, b, start, eps,
 
 
 def _sinkhorn(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend):
-    # Here and not in the public function: this reads values, which torch.compile cannot trace.
-    for name, mass in (("a", a), ("b", b)):
-        if mass is not None and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _checks.non_negative(name, mass)
+    _check_masses(a, b)
     name = _backends.select("sinkhorn", backend, **facts(scores, n_iters, tol, start))
     found = _implementation(name).forward(
         scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error
@@ -109,6 +104,13 @@ def _sinkhorn(scores, a, b, start, eps, n_iters, tol, history, store_plan, retur
     return tuple(
         scores.new_empty(0, dtype=dtypes[name]) if found[name] is None else found[name].contiguous() for name in dtypes
     )
+
+
+def _check_masses(a, b):
+    # Not in the public function: this reads values, which torch.compile cannot trace.
+    for name, mass in (("a", a), ("b", b)):
+        if mass is not None and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _checks.non_negative(name, mass)
 
 
 def _dtypes(scores):
@@ -179,10 +181,47 @@ def _backward(ctx, grad_plan, grad_f, grad_g, *_):
         return (*differentiable_backward(*grads, scores, a, b, start, *ctx.settings), *nothing)
     if not ctx.history:
         raise RuntimeError("objslot::sinkhorn was called with history=False, so it has no gradient")
-    found = torch.ops.objslot.sinkhorn_backward(
-        *grads, scores, a, b, start, plan, *iterations, *ctx.settings, ctx.backend
-    )
+    if ctx.backend == "cpu" and _direct.possible(*grads, scores):
+        found = native.backward(*grads, scores, a, b, start, plan, *iterations, *ctx.settings)
+    else:
+        found = torch.ops.objslot.sinkhorn_backward(
+            *grads, scores, a, b, start, plan, *iterations, *ctx.settings, ctx.backend
+        )
     return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
+
+
+class _Direct(torch.autograd.Function):
+    """The op on tensors that need no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend):
+        found = native.forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error)
+        plan, error = found["plan"], found["error"]
+        ctx.save_for_backward(scores, a, b, start, plan, found["history_f"], found["history_g"], found["count"])
+        ctx.settings = eps, n_iters, tol
+        ctx.history, ctx.store_plan, ctx.backend = history, store_plan, backend
+        ctx.set_materialize_grads(False)
+        if return_error:
+            ctx.mark_non_differentiable(error)
+        return plan, found["f"], found["g"], error
+
+    backward = staticmethod(_backward)
+
+
+def sinkhorn(scores, a, b, start, eps, n_iters, tol, store_plan, return_error, backend):
+    """plan, f, g and error, by the shortest way; what is not asked for is empty or None."""
+    history = torch.is_grad_enabled() and (
+        scores.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
+    )
+    if backend is None and _direct.possible(scores, a, b, start):
+        _check_masses(a, b)
+        if history:
+            return _Direct.apply(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, "cpu")
+        found = native.forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error)
+        return found["plan"], found["f"], found["g"], found["error"]
+    return torch.ops.objslot.sinkhorn(
+        scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend
+    )[:4]
 
 
 def why_not_cpu(*, device, **facts):

@@ -13,11 +13,11 @@ ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64
 
 def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error):
     """The results of the op by name; None for what is not asked for."""
-    *batch, n, m = scores.shape
-    dtype = compute_dtype(scores.dtype)
-    scores, a, b, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
+    shape, dtype = scores.shape, compute_dtype(scores.dtype)
+    *batch, n, m = shape
+    rows = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     found = {
-        "plan": _native.empty((*batch, n, m), scores.dtype) if store_plan else None,
+        "plan": _native.empty(shape, scores.dtype) if store_plan else None,
         "f": None if store_plan else torch.empty((*batch, n), dtype=dtype),
         "g": None if store_plan else torch.empty((*batch, m), dtype=dtype),
         "error": torch.empty(batch, dtype=dtype) if return_error else None,
@@ -26,7 +26,7 @@ def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_
         "count": torch.empty(batch, dtype=torch.int64) if history else None,
     }
     _native.load().sinkhorn_forward(
-        _problem(scores, a, b, start, eps, n_iters, tol), *map(_address, found.values()), torch.get_num_threads()
+        _problem(*rows, eps, n_iters, tol), *map(_address, found.values()), torch.get_num_threads()
     )
     return found
 
@@ -37,6 +37,7 @@ def backward(grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, hi
     scores, a_rows, b_rows, start = _rows(scores), _rows(a, 1), _rows(b, 1), _rows(start, 1)
     grad_plan = None if grad_plan is None else _rows(grad_plan)
     grad_f, grad_g = (None if t is None else t.contiguous() for t in (grad_f, grad_g))
+    plan = None if plan is None or plan.numel() == 0 else plan
     grad_scores = _native.empty(shape, scores.dtype)
     grad_a = None if a is None else torch.empty(a.shape, dtype=a.dtype)
     grad_b = None if b is None else torch.empty(b.shape, dtype=b.dtype)
@@ -44,7 +45,7 @@ def backward(grad_plan, grad_f, grad_g, scores, a, b, start, plan, history_f, hi
         _problem(scores, a_rows, b_rows, start, eps, n_iters, tol),
         _address(grad_plan),
         *((0, 0) if grad_plan is None else grad_plan.stride()[:2]),
-        *map(_address, (grad_f, grad_g, plan if plan.numel() else None, history_f, history_g, count)),
+        *map(_address, (grad_f, grad_g, plan, history_f, history_g, count)),
         *map(_address, (grad_scores, grad_a, grad_b)),
         torch.get_num_threads(),
     )
@@ -55,28 +56,29 @@ def _rows(tensor: Tensor | None, trailing: int = 2) -> Tensor | None:
     """The tensor with one batch dimension and a contiguous last one, copied where strides forbid a view."""
     if tensor is None:
         return None
-    batch = math.prod(tensor.shape[: tensor.dim() - trailing])
-    tensor = tensor.reshape(batch, *tensor.shape[tensor.dim() - trailing :])
+    if tensor.dim() != trailing + 1:
+        batch = math.prod(tensor.shape[: tensor.dim() - trailing])
+        tensor = tensor.reshape(batch, *tensor.shape[tensor.dim() - trailing :])
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _problem(scores, a, b, start, eps, n_iters, tol):
-    layout = [*scores.shape, *scores.stride()[:2]]
-    a_stride, b_stride, start_stride = (0 if t is None else t.stride(0) for t in (a, b, start))
+    batch_stride, row_stride, _ = scores.stride()
     return _native.load().SinkhornProblem(
-        _address(scores),
+        scores.data_ptr(),
         ELEMENTS[scores.dtype],
-        layout,
-        _address(a),
-        a_stride,
-        _address(b),
-        b_stride,
-        _address(start),
-        start_stride,
+        (*scores.shape, batch_stride, row_stride),
+        *_strided(a),
+        *_strided(b),
+        *_strided(start),
         eps,
         n_iters,
         -1.0 if tol is None else tol,
     )
+
+
+def _strided(rows: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
 def _address(tensor: Tensor | None) -> int:
