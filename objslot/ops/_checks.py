@@ -62,6 +62,8 @@ def expandable(name: str, value: Tensor, expected: Sequence[int], layout: str) -
 
 def positive(name: str, value: object) -> None:
     """`value` is a finite real number above zero."""
+    if type(value) is float and 0 < value < float("inf"):
+        return
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number above 0, got {type(value).__name__}")
     if not 0 < value < float("inf"):

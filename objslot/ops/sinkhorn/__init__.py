@@ -138,4 +138,3 @@ def first_potentials(start: Tensor | None, other: Tensor, batch: list[int], m: i
     """`start` checked and expanded like a marginal, without its history: it is a constant."""
     start = marginal("start", start, other, batch, m, "m")
     return None if start is None else start.detach()
-

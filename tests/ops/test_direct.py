@@ -1,0 +1,93 @@
+"""When kernels are called without the dispatcher, and that it changes nothing."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from objslot.ops import _direct, _native, sinkhorn, sinkhorn_potentials, use_backend
+
+pytestmark = pytest.mark.skipif(_native.load() is None, reason="the compiled module is missing")
+
+
+class Watch(TorchDispatchMode):
+    """Notes the ops that the dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_ordinary_tensors_need_no_dispatcher():
+    assert _direct.possible(torch.zeros(2), None, torch.nn.Parameter(torch.zeros(2)))
+
+
+def test_other_tensors_go_through_the_dispatcher():
+    assert not _direct.possible(torch.zeros(2, device="meta"))
+    assert not _direct.possible(torch.zeros(2), torch.zeros(2).as_subclass(Marked))
+
+
+def test_a_named_backend_goes_through_the_dispatcher(monkeypatch):
+    with use_backend("reference"):
+        assert not _direct.possible(torch.zeros(2))
+    monkeypatch.setenv("OBJSLOT_BACKEND", "reference")
+    assert not _direct.possible(torch.zeros(2))
+
+
+def test_who_watches_sees_the_op():
+    scores = torch.zeros(2, 3, requires_grad=True)
+    with Watch() as watch:
+        torch.autograd.grad(sinkhorn(scores).sum(), scores)
+    assert {"objslot.sinkhorn.default", "objslot.sinkhorn_backward.default"} <= set(watch.seen)
+
+
+def test_who_watches_the_backward_alone_sees_it():
+    scores = torch.zeros(2, 3, requires_grad=True)
+    plan = sinkhorn(scores).sum()
+    with Watch() as watch:
+        torch.autograd.grad(plan, scores)
+    assert "objslot.sinkhorn_backward.default" in watch.seen
+
+
+def test_transforms_go_through_the_dispatcher():
+    seen = []
+
+    def total(scores):
+        seen.append(_direct.possible(scores))
+        return scores.sum()
+
+    torch.func.grad(total)(torch.rand(3, 4))
+    torch.func.vmap(total)(torch.rand(3, 4))
+    torch.jit.trace(total, (torch.rand(3, 4),), check_trace=False)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("given", [False, True])
+def test_both_ways_agree_to_the_bit(dtype, given):
+    scores = torch.rand(2, 5, 7, dtype=dtype, requires_grad=True)
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    masses = [torch.rand(2, size, dtype=arithmetic).softmax(-1).requires_grad_() for size in (5, 7)] if given else []
+    leaves = [scores, *masses]
+    upper = torch.rand(2, 5, 7).to(dtype)
+    found = []
+    for backend in (None, "cpu"):
+        plan = sinkhorn(*leaves, backend=backend)
+        f, g, error = sinkhorn_potentials(*leaves, return_error=True, backend=backend)
+        gradients = torch.autograd.grad([plan, f, g], leaves, [upper, torch.ones_like(f), torch.ones_like(g)])
+        assert not error.requires_grad
+        found.append([plan, f, g, error, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_masses_are_checked():
+    with pytest.raises(ValueError, match="a: expected no negative entry"):
+        sinkhorn(torch.zeros(2, 3), torch.tensor([1.5, -0.5]))
