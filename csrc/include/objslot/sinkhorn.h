@@ -51,7 +51,7 @@ struct SinkhornGradient {
   const void* grad_g;  // (batch, m) or null
   const void* plan;    // (batch, n, m), null: made anew from the scores
   SinkhornHistory history;
-  void* grad_scores;  // (batch, n, m)
+  void* grad_scores;  // (batch, n, m); may be grad_plan where that has the arithmetic type and is contiguous
   void* grad_a;       // (batch, n) or null
   void* grad_b;       // (batch, m) or null
 };

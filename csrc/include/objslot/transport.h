@@ -1,40 +1,71 @@
-// Sinkhorn transport of values between pairs of frames, both directions of a pair from one score matrix.
+// Sinkhorn transport of values between two sets of tokens: scores and plan exist for one element of the batch and
+// thread at a time.
 #pragma once
 
 #include <cstdint>
 
+#include "objslot/sinkhorn.h"
+
 namespace objslot {
 
-// The arithmetic type is double where `wide`, float otherwise; everything has it and is contiguous.
-struct PairsProblem {
-  bool wide;
-  const void* scores;     // (pairs, n, n): rows are the tokens of the first frame, columns of the second; or null
-  const float* tokens;    // (frames, n, features), read only without scores: the cosines are made here, on tiles
-  int64_t frames, features;
-  double shortest;        // the length that shorter tokens count as
-  const void* values;     // (frames, n, channels)
-  const void* masses;     // (frames, n), null for 1 / n each
-  const int64_t* firsts;  // (pairs): frames of the rows
-  const int64_t* seconds;
-  int64_t pairs, n, channels;
+// Tokens and values have the element type, marginals and start the arithmetic type. A stride leads from one element
+// of the batch to the next; within one everything is contiguous.
+struct TransportProblem {
+  Element element;
+  const void* x;  // (batch, n, features)
+  int64_t x_stride;
+  const void* y;  // (batch, m, features)
+  int64_t y_stride;
+  const void* values;  // (batch, m, channels)
+  int64_t values_stride;
+  const void* a;  // as in SinkhornProblem
+  int64_t a_stride;
+  const void* b;
+  int64_t b_stride;
+  const void* start;
+  int64_t start_stride;
+  int64_t batch, n, m, features, channels;
+  bool cosine;      // scores are cosines, otherwise dot products
+  double shortest;  // the length that shorter tokens count as
   double eps;
   int64_t n_iters;
+  double tol;
 };
 
-struct PairsResult {
-  void* forth;          // (pairs, n, channels): plan @ values of the second frame
-  void* back;           // (pairs, n, channels): plan of the transposed scores @ values of the first frame
-  unsigned char* lost;  // (pairs): 1 where scalings left the range of the type and nothing usable was written
+struct TransportResult {
+  void* out;    // (batch, n, channels)
+  void* error;  // (batch) or null
 };
 
-// Whether the cosines of tokens can be made here; otherwise scores are needed.
-bool multiplies_tokens();
+struct TransportGradient {
+  const void* grad;  // (batch, n, channels)
+  void* x;
+  void* y;
+  void* values;
+  void* a;  // (batch, n) or null
+  void* b;
+};
 
+// The kernels of Sinkhorn that run on one element.
+struct SinkhornTables {
+  const SinkhornKernels& forward;
+  const SinkhornBackwardKernels& backward;
+};
+
+// `tiles`: whether products may use them.
 struct TransportKernels {
-  int64_t (*workspace)(const PairsProblem&, int threads);
-  void (*run)(const PairsProblem&, const PairsResult&, void* workspace, int threads);
+  int64_t (*workspace)(const TransportProblem&, const SinkhornTables&, bool tiles, int threads);
+  void (*run)(const TransportProblem&, const TransportResult&, const SinkhornTables&, bool tiles, void* workspace,
+              int threads);
 };
 
-void transport_pairs(const PairsProblem&, const PairsResult&, int threads);
+struct TransportBackwardKernels {
+  int64_t (*workspace)(const TransportProblem&, const SinkhornTables&, bool tiles, int threads);
+  void (*run)(const TransportProblem&, const TransportGradient&, const SinkhornTables&, bool tiles, void* workspace,
+              int threads);
+};
+
+void transport_forward(const TransportProblem&, const TransportResult&, int threads);
+void transport_backward(const TransportProblem&, const TransportGradient&, int threads);
 
 }  // namespace objslot

@@ -30,7 +30,7 @@ def sinkhorn_transport(
     """plan @ values, for the plan of `objslot.sinkhorn` on the similarities of x and y.
 
     Neither scores nor plan outlive the call, nor are they kept for the backward pass, which makes them again.
-    On the CPU they exist for a few elements of the batch at a time; the reference backend makes all of them.
+    On the CPU they exist for one element of the batch and thread at a time; the reference backend makes all of them.
 
     Args:
         x: (..., n, d) tokens; float16, bfloat16, float32 or float64, half types computed in float32.

@@ -1,7 +1,4 @@
-"""Transport on the CPU: products of tokens by PyTorch, everything else by the compiled kernels.
-
-Scores exist for a few elements of the batch at a time, no more than fit a cache, and so do the plans that are made.
-"""
+"""Transport on the CPU by the compiled kernels: scores and plan exist for one element of the batch and thread."""
 
 import math
 
@@ -12,56 +9,58 @@ from objslot.ops import _native
 from objslot.ops._arithmetic import SHORTEST, compute_dtype
 from objslot.ops.sinkhorn import native as sinkhorn
 
-# Scores that are worked on at a time, unless a single matrix has more.
+# Scores of clips that are worked on at a time, unless a single clip has more.
 BLOCK_ENTRIES = 1 << 19
 
 
 def forward(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
     """plan @ values, and the marginal error."""
-    out = values.new_empty(*x.shape[:-1], values.shape[-1])
-    error = x.new_empty(x.shape[:-2], dtype=compute_dtype(x.dtype)) if return_error else None
-    flat_out = _flat(out, 2)
-    for where, (x_part, y_part, values_part, a_part, b_part, start_part) in _blocks(x, y, values, a, b, start):
-        if similarity == "cosine":
-            x_part, y_part = _unit(x_part)[0], _unit(y_part)[0]
-        found = sinkhorn.forward(
-            x_part @ y_part.mT, a_part, b_part, start_part, eps, n_iters, tol, False, True, return_error
-        )
-        flat_out[where] = found["plan"] @ values_part
-        if return_error:
-            error.view(-1)[where] = found["error"]
+    out = torch.empty((*x.shape[:-1], values.shape[-1]), dtype=values.dtype)
+    error = torch.empty(x.shape[:-2], dtype=compute_dtype(x.dtype)) if return_error else None
+    tensors = _batched(x, y, values, a, b, start)
+    problem = _problem(tensors, eps, n_iters, tol, similarity)
+    _native.load().transport_forward(problem, *map(_address, (out, error)), torch.get_num_threads())
     return out, error
 
 
 def backward(grad, x, y, values, a, b, start, eps, n_iters, tol, similarity):
     """Gradients of the five tensors; the forward is repeated."""
-    grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (x, y, values, a, b)]
-    flat = [None if t is None else _flat(t, 2 if i < 3 else 1) for i, t in enumerate(grads)]
-    flat_grad = _flat(grad, 2)
-    for where, (x_part, y_part, values_part, a_part, b_part, start_part) in _blocks(x, y, values, a, b, start):
-        grad_part = flat_grad[where].to(x_part.dtype)
-        lengths = None
-        if similarity == "cosine":
-            (x_part, x_lengths), (y_part, y_lengths) = _unit(x_part), _unit(y_part)
-            lengths = x_lengths, y_lengths
-        scores = x_part @ y_part.mT
-        found = sinkhorn.forward(scores, a_part, b_part, start_part, eps, n_iters, tol, True, True, False)
-        grad_scores, grad_a, grad_b = sinkhorn.backward(
-            grad_part @ values_part.mT,
-            *(None, None, scores, a_part, b_part, start_part, found["plan"]),
-            *(found["history_f"], found["history_g"], found["count"], eps, n_iters, tol),
-        )
-        grad_x, grad_y = grad_scores @ y_part, grad_scores.mT @ x_part
-        if lengths is not None:
-            grad_x, grad_y = (
-                _through_unit(grad_x, x_part, lengths[0]),
-                _through_unit(grad_y, y_part, lengths[1]),
-            )
-        parts = (grad_x, grad_y, found["plan"].mT @ grad_part, grad_a, grad_b)
-        for target, part in zip(flat, parts, strict=True):
-            if target is not None:
-                target[where] = part
+    grads = [None if t is None else _native.empty(t.shape, t.dtype) for t in (x, y, values, a, b)]
+    grad = grad.contiguous()
+    tensors = _batched(x, y, values, a, b, start)
+    problem = _problem(tensors, eps, n_iters, tol, similarity)
+    _native.load().transport_backward(problem, grad.data_ptr(), list(map(_address, grads)), torch.get_num_threads())
     return grads
+
+
+def _batched(x, y, values, a, b, start) -> list[Tensor | None]:
+    """The tensors with one batch dimension of any stride and the rest contiguous, copied where that is no view."""
+    tensors = [_flat(t, 2) for t in (x, y, values)] + [_flat(t, 1) for t in (a, b, start)]
+    return [t if t is None or not t.numel() or t[0].is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _problem(tensors, eps, n_iters, tol, similarity):
+    """What the kernels take; `tensors` must live while they run."""
+    (batch, n, d), (_, m, c) = tensors[0].shape, tensors[2].shape
+    addresses = list(map(_address, tensors))
+    strides = [0 if t is None else t.stride(0) for t in tensors]
+    return _native.load().TransportProblem(
+        addresses[:3],
+        strides[:3],
+        sinkhorn.ELEMENTS[tensors[0].dtype],
+        addresses[3:],
+        strides[3:],
+        (batch, n, m, d, c),
+        similarity == "cosine",
+        SHORTEST,
+        eps,
+        n_iters,
+        -1.0 if tol is None else tol,
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def alignment(tokens, values, masses, eps, n_iters, similarity):
@@ -146,16 +145,6 @@ def _one_way(scores, values, masses, target, source, eps, n_iters):
     return plan[0] @ values[source]
 
 
-def _blocks(x, y, values, a, b, start):
-    """Slices of the flattened batch, and what they cut from each tensor, in the arithmetic dtype."""
-    flat = [_flat(t, 2) for t in (x, y, values)] + [_flat(t, 1) for t in (a, b, start)]
-    dtype = compute_dtype(x.dtype)
-    step = max(torch.get_num_threads(), BLOCK_ENTRIES // (x.shape[-2] * y.shape[-2]))
-    for start in range(0, flat[0].shape[0], step):
-        where = slice(start, start + step)
-        yield where, [None if t is None else t[where].to(dtype) for t in flat]
-
-
 def _flat(tensor: Tensor | None, trailing: int) -> Tensor | None:
     if tensor is None:
         return None
@@ -167,9 +156,3 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of length one, and the lengths they had, none below SHORTEST."""
     lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(SHORTEST)
     return tokens / lengths, lengths
-
-
-def _through_unit(grad: Tensor, unit: Tensor, lengths: Tensor) -> Tensor:
-    # A token that was lengthened to SHORTEST has a fixed divisor.
-    along = (grad * unit).sum(-1, keepdim=True) * unit
-    return torch.where(lengths > SHORTEST, grad - along, grad) / lengths

@@ -1,0 +1,386 @@
+// One element of the batch in stages that a team shares: scores of the tokens, rows of the plan, and products of the
+// gradient of the scores with the tokens.
+#pragma once
+
+#include <type_traits>
+
+#include "objslot/transport.h"
+
+#include "sinkhorn_log.h"
+#include "tile_products.h"
+#include "token_lengths.h"
+#include "vector_products.h"
+
+namespace objslot::OBJSLOT_ISA {
+
+// Rows of the plan that are made and used together.
+constexpr int64_t plan_rows = 8;
+// Rows of a result that the threads share out.
+constexpr int64_t shared_rows = 32;
+// Bytes that the left factor of a product on tiles may take: it stays in a second-level cache.
+constexpr int64_t left_bytes = int64_t{1} << 20;
+// Rows of a result that are made together at most.
+constexpr int64_t most_rows = 256;
+
+// Tokens of one side.
+template <class T>
+struct Tokens {
+  const void* base;  // (count, features)
+  int64_t count;
+  T* factor;  // (count): one over the length, or 1 for dot products
+  T* unit;    // (count, padded features), where products are made on vectors: tokens times factor
+  float *square, *size;  // (count), where products are made on tiles: see RowSizes
+};
+
+// What an element is worked on in; what each thread has is marked with its own.
+template <class T>
+struct Stage {
+  Tokens<T> x, y;
+  int64_t stride;     // of the scores
+  T* scores;          // (n, stride), both rounded up to whole tiles
+  T* history_f;       // (1 + n_iters, n)
+  T* history_g;       // (n_iters, m)
+  int64_t count;      // as in SinkhornHistory
+  T* values;          // (m, lanes of the channels)
+  uint16_t* right;    // the right factor of a product on tiles
+  T* transposed;      // (features, columns) of y, where products are made on vectors
+  // Backward alone.
+  T* plan;        // (n, m)
+  T* slope;       // (n, m): gradient of the plan, then of the scores
+  T* grad;        // (n, lanes of the channels)
+  T* crossed;     // (channels, columns): the values, transposed
+  float* scale_n;  // (2, n): powers of two that bring the rows of the slope near 1, and their inverses
+  float* scale_m;  // (2, m): the same of the columns
+  float* tops;     // (threads, m)
+  // For each thread.
+  uint16_t* left;  // the left factor of a product on tiles
+  T* panel;        // (panel_rows, whole tiles of features): the rows of a result
+  T* rows;         // (plan_rows, columns), and a row of features or channels
+  int64_t left_size, panel_size, rows_size;
+  char* sinkhorn;
+};
+
+OBJSLOT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Rows of a result that are made together: the left factor of so many terms fits its memory.
+OBJSLOT_INLINE int64_t group_rows(int64_t terms) {
+  const int64_t fitting = left_bytes / (round_up(terms, 32) * 6) / shared_rows * shared_rows;
+  return fitting < shared_rows ? shared_rows : fitting > most_rows ? most_rows : fitting;
+}
+
+// Words of 16 bits that its left factor then has at most, for so many terms or fewer.
+OBJSLOT_INLINE int64_t left_words(int64_t terms) {
+  const int64_t whole = round_up(terms, 32), fitting = left_bytes / 6;
+  const int64_t size = fitting < shared_rows * whole ? shared_rows * whole : fitting;
+  return round_up(3 * (size < most_rows * whole ? size : most_rows * whole), 32);
+}
+
+// Threads that have enough to do: starting one costs some microseconds.
+OBJSLOT_INLINE int useful_threads(const TransportProblem& p, int threads) {
+  const int64_t useful = p.batch * p.n * p.m * (p.features + p.channels + 16) / 1000000;
+  return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
+}
+
+// Calls body(index, worker, together, run) for every element: `together` threads work on one, and run(stage) calls
+// stage(team) on them.
+template <class Body>
+static void for_elements(const TransportProblem& p, int threads, const Body& body) {
+  if (p.batch < threads) {
+    const auto run = [&](const auto& stage) { run_team(threads, stage); };
+    for (int64_t index = 0; index < p.batch; ++index) body(index, 0, threads, run);
+    return;
+  }
+  parallel_for(p.batch, threads, [&](int64_t begin, int64_t end, int worker) {
+    const auto run = [](const auto& stage) { stage(Team{}); };
+    for (int64_t index = begin; index < end; ++index) body(index, worker, 1, run);
+  });
+}
+
+template <class T>
+static SinkhornProblem scores_problem(const TransportProblem& p, int64_t index, const T* scores, int64_t stride) {
+  const auto part = [&](const void* base, int64_t step) {
+    return base ? static_cast<const T*>(base) + index * step : nullptr;
+  };
+  return {scores, sizeof(T) == 8 ? Element::float64 : Element::float32, 1, p.n, p.m, 0, stride,
+          part(p.a, p.a_stride), 0, part(p.b, p.b_stride), 0, part(p.start, p.start_stride), 0,
+          p.eps, p.n_iters, p.tol};
+}
+
+// `threads` work on the element together.
+template <class T>
+static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornTables& sinkhorn, bool backward,
+                        bool tiles, int threads) {
+  const int64_t columns = padded<T>(p.m), lanes = padded<T>(p.channels), features = padded<T>(p.features);
+  const int64_t n = p.n, m = p.m, longest = n > m ? n : m;
+  const int64_t whole_n = round_up(n, 32), whole_m = round_up(m, 32), whole_features = round_up(p.features, 32);
+  Stage<T> s{};
+  const auto tokens = [&](int64_t count) {
+    Tokens<T> side{};
+    side.count = count;
+    side.factor = arena.take<T>(round_up(count, 32));
+    side.square = arena.take<float>(count);
+    side.size = arena.take<float>(count);
+    return side;
+  };
+  s.x = tokens(n);
+  s.y = tokens(m);
+  s.stride = whole_m;
+  s.scores = arena.take<T>(whole_n * whole_m);
+  s.history_f = arena.take<T>((1 + p.n_iters) * n);
+  s.history_g = arena.take<T>(p.n_iters * m);
+  s.values = arena.take<T>(m * lanes);
+  if (backward) {
+    s.plan = arena.take<T>(n * m);
+    s.slope = arena.take<T>(n * m);
+    s.grad = arena.take<T>(n * lanes);
+    s.crossed = arena.take<T>(p.channels * columns);
+    s.scale_n = arena.take<float>(2 * whole_n);
+    s.scale_m = arena.take<float>(2 * whole_m);
+    s.tops = arena.take<float>(threads * whole_m);
+  }
+  s.rows_size = round_up(plan_rows * columns + whole_features + plan_rows * lanes, 16);
+  s.panel_size = backward ? (longest < most_rows ? round_up(longest, 32) : most_rows) * whole_features : 0;
+  s.left_size = !tiles ? 0 : left_words(backward && longest > p.features ? longest : p.features);
+  s.rows = arena.take<T>(threads * s.rows_size);
+  s.panel = arena.take<T>(threads * s.panel_size);
+  const SinkhornProblem scores = scores_problem<T>(p, 0, s.scores, s.stride);
+  const int64_t ahead = sinkhorn.forward.forward_workspace(scores, threads);
+  const int64_t back = backward ? sinkhorn.backward.workspace(scores, threads) : 0;
+  s.sinkhorn = arena.take<char>(ahead > back ? ahead : back);
+  // Either tiles or vectors are used for an element.
+  Arena other = arena;
+  s.left = arena.take<uint16_t>(threads * s.left_size);
+  s.right = tiles ? arena.take<uint16_t>(3 * whole_features * (whole_n > whole_m ? whole_n : whole_m)) : nullptr;
+  s.x.unit = other.take<T>(n * features);
+  s.y.unit = other.take<T>(m * features);
+  s.transposed = other.take<T>(p.features * columns);
+  if (other.used > arena.used) arena.used = other.used;
+  return s;
+}
+
+template <class T>
+static void point_at(const TransportProblem& p, int64_t index, Stage<T>& s) {
+  const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
+  s.x.base = static_cast<const char*>(p.x) + index * p.x_stride * size;
+  s.y.base = static_cast<const char*>(p.y) + index * p.y_stride * size;
+}
+
+// Row i of a dense matrix of the element type, in the arithmetic type.
+template <class T>
+OBJSLOT_INLINE const T* element_row(const TransportProblem& p, const void* base, int64_t i, int64_t size, T* buffer) {
+  return read_row<T>(base, p.element, i * size, size, buffer);
+}
+
+template <class T>
+OBJSLOT_INLINE bool half_type(const TransportProblem& p) {
+  return sizeof(T) == 4 && p.element != Element::float32;
+}
+
+// Writes row i of a dense matrix of the element type.
+template <class T>
+OBJSLOT_INLINE void write_element_row(const TransportProblem& p, void* base, int64_t i, int64_t size, const T* row) {
+  if constexpr (sizeof(T) == 4)
+    if (half_type<T>(p)) return write_half_row(row, base, p.element, i * size, size);
+  copy_row(static_cast<T*>(base) + i * size, row, size, false);
+}
+
+// Factors and units of the tokens of one side.
+template <class T>
+static void make_units(const TransportProblem& p, const Tokens<T>& side, T* buffer, const Team& team) {
+  const int64_t stride = padded<T>(p.features);
+  for (int64_t i = team.begin(side.count); i < team.end(side.count); ++i) {
+    const T* row = element_row(p, side.base, i, p.features, buffer);
+    T* unit = side.unit + i * stride;
+    const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
+    side.factor[i] = factor;
+    for (int64_t k = 0; k < p.features; ++k) unit[k] = row[k] * factor;
+    // So small a factor has lost its digits.
+    if (sizeof(T) == 4 && factor < T(1e-30)) {
+      const double length = __builtin_sqrt(precise_square(row, p.features));
+      for (int64_t k = 0; k < p.features; ++k) unit[k] = static_cast<T>(row[k] / length);
+    }
+    for (int64_t k = p.features; k < stride; ++k) unit[k] = 0;
+  }
+}
+
+// Calls use(first, rows) for this thread's rows of a result, at most `most` at a time.
+template <class Use>
+OBJSLOT_INLINE void for_groups(int64_t rows, int64_t most, const Team& team, const Use& use) {
+  const int64_t shares = (rows + shared_rows - 1) / shared_rows;
+  const int64_t last = team.end(shares) * shared_rows, end = last < rows ? last : rows;
+  for (int64_t first = team.begin(shares) * shared_rows; first < end; first += most)
+    use(first, end - first < most ? end - first : most);
+}
+
+template <class T>
+static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, const Team& team) {
+  T* buffer = s.rows + team.worker * s.rows_size;
+  const int64_t features = padded<T>(p.features), columns = padded<T>(p.m);
+  make_units(p, s.x, buffer, team);
+  make_units(p, s.y, buffer, team);
+  team.wait();
+  const int64_t first = team.begin((p.features + 15) / 16) * 16, last = team.end((p.features + 15) / 16) * 16;
+  transpose(s.y.unit, p.m, p.features, features, s.transposed, columns, first,
+            last < p.features ? last : p.features);
+  team.wait();
+  for_groups(p.n, p.n, team, [&](int64_t from, int64_t rows) {
+    multiply<T>({s.x.unit + from * features, features, 1}, rows, s.transposed, columns, p.features,
+                s.scores + from * s.stride, s.stride, p.m);
+  });
+}
+
+#ifdef OBJSLOT_TILES
+// The factors of tokens from their squares.
+template <Element E>
+static void find_factors(const TransportProblem& p, const Tokens<float>& side, int64_t first, int64_t rows,
+                         float* buffer) {
+  const float shortest = static_cast<float>(p.shortest * p.shortest);
+  for (int64_t i = first; i < first + rows; i += 16) {
+    const __mmask16 lanes = lanes_upto(first + rows - i);
+    const __m512 square = _mm512_maskz_loadu_ps(lanes, side.square + i);
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_max_ps(_mm512_set1_ps(shortest),
+                                                                                           square)));
+    _mm512_mask_storeu_ps(side.factor + i, lanes, p.cosine ? factor : _mm512_set1_ps(1.f));
+    // Squares this small may be of numbers whose squares are no longer held in full.
+    if (p.cosine && _mm512_mask_cmp_ps_mask(lanes, square, _mm512_set1_ps(1e-20f), _CMP_LT_OQ))
+      for (int64_t j = i; j < i + 16 && j < first + rows; ++j)
+        side.factor[j] = inverse_length(element_row(p, side.base, j, p.features, buffer), p.features, p.shortest);
+  }
+}
+
+// Whether products on tiles were as exact as on vectors: no number overflows in one, and those that count as zero
+// are too small to matter.
+OBJSLOT_INLINE bool suited_tiles(const TransportProblem& p, const Stage<float>& s) {
+  constexpr float most = 1e12f, least = 1e-12f;
+  const float x = largest(s.x.size, p.n), y = largest(s.y.size, p.m);
+  if (!(x <= most && y <= most)) return false;
+  return p.cosine || (x >= least && y >= least && p.eps >= least);
+}
+
+// Tokens are multiplied as they are, and the products brought to those of units afterwards.
+template <Element E>
+static void scores_on_tiles(const TransportProblem& p, const Stage<float>& s, const Team& team) {
+  constexpr int P = parts_of<E>;
+  const int64_t blocks = whole_tiles(p.m) / tile_rows, depth = depth_blocks(p.features);
+  uint16_t* left = s.left + team.worker * s.left_size;
+  float* buffer = s.rows + team.worker * s.rows_size;
+  const Numbers x{s.x.base, p.features, p.n, p.features}, y{s.y.base, p.features, p.m, p.features};
+  const RowSizes x_sizes{s.x.square, s.x.size}, y_sizes{s.y.square, s.y.size};
+  for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
+    lay_transposed_columns<E, P>(y, block, s.right, &y_sizes);
+    const int64_t row = block * tile_rows, left_rows = p.m - row;
+    find_factors<E>(p, s.y, row, left_rows < tile_rows ? left_rows : tile_rows, buffer);
+  }
+  team.wait();
+  for_groups(p.n, group_rows(p.features), team, [&](int64_t first, int64_t rows) {
+    const int64_t whole = whole_tiles(rows);
+    for (int64_t block = 0; block < whole / tile_rows; ++block) lay_rows<E, P>(x, first, block, left, &x_sizes);
+    find_factors<E>(p, s.x, first, rows, buffer);
+    float* scores = s.scores + first * s.stride;
+    multiply_tiles<P, P>(left, s.right, whole, s.stride, depth, scores, s.stride);
+    for (int64_t i = 0; i < rows && p.cosine; ++i) {
+      const Vec<float> factor = broadcast(s.x.factor[first + i]);
+      for (int64_t j = 0; j < s.stride; j += 16) {
+        float* entry = scores + i * s.stride + j;
+        store(entry, factor * (load(entry) * load(s.y.factor + j)));
+      }
+    }
+  });
+}
+#endif
+
+// Calls use(E) with the element type as a constant of the type.
+template <class Use>
+OBJSLOT_INLINE void with_element(Element element, const Use& use) {
+  if (element == Element::float16)
+    use(std::integral_constant<Element, Element::float16>{});
+  else if (element == Element::bfloat16)
+    use(std::integral_constant<Element, Element::bfloat16>{});
+  else
+    use(std::integral_constant<Element, Element::float32>{});
+}
+
+// The scores of an element, and whether they were made on tiles.
+template <class T, class Run>
+static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles, const Run& run) {
+#ifdef OBJSLOT_TILES
+  if constexpr (sizeof(T) == 4) {
+    if (tiles)
+      with_element(p.element, [&](auto element) {
+        run([&](const Team& team) { scores_on_tiles<decltype(element)::value>(p, s, team); });
+      });
+    tiles = tiles && suited_tiles(p, s);
+    if (tiles) return true;
+  }
+#endif
+  (void)tiles;
+  run([&](const Team& team) { scores_on_vectors(p, s, team); });
+  return false;
+}
+
+template <class T>
+static SinkhornHistory history_of(Stage<T>& s) {
+  return {s.history_f, s.history_g, &s.count};
+}
+
+// Rows of the plan from the scalings, or their logarithms, that the iteration ended with.
+template <class T>
+struct Plan {
+  T scale, inverse_eps;
+  bool logarithms;
+  const T *offset, *x, *y;
+
+  static OBJSLOT_INLINE_MEMBER Plan of(const TransportProblem& p, const Stage<T>& s) {
+    const int64_t count = s.count < 0 ? -s.count : s.count;
+    return {T(1.44269504088896340736 / p.eps), T(1 / p.eps), s.count < 0, s.history_f, s.history_f + count * p.n,
+            s.history_g + (count - 1) * p.m};
+  }
+
+  // Row i of `row` scores into padded memory.
+  OBJSLOT_INLINE_MEMBER void make(const T* row, int64_t i, int64_t m, T* out) const {
+    const Vec<T> factor = broadcast(x[i]), scales = broadcast(logarithms ? inverse_eps : scale);
+    const Vec<T> shift = broadcast(logarithms ? x[i] : offset[i]);
+    for (int64_t j = 0; j < m; j += width<T>) {
+      const int64_t left = m - j;
+      const Vec<T> scores = load_upto(row + j, left), other = load_upto(y + j, left);
+      Vec<T> value;
+      if (logarithms)
+        value = exponential<T>(fused(scores, scales, shift) + other);
+      else
+        value = factor * (exp2<T>(fused(scores, scales, shift)) * other);
+      if (left < width<T>) value = keep_first<T>(value, left);
+      store(out + j, value);
+    }
+  }
+};
+
+// The part of the workspace that belongs to a worker.
+template <class T>
+static Stage<T> stage_of(const TransportProblem& p, const SinkhornTables& sinkhorn, bool backward, bool tiles,
+                         int together, char* base, int worker) {
+  Arena counted{nullptr};
+  lay_out<T>(counted, p, sinkhorn, backward, tiles, together);
+  Arena arena{base + worker * counted.used};
+  return lay_out<T>(arena, p, sinkhorn, backward, tiles, together);
+}
+
+template <class T>
+static int64_t workspace_of(const TransportProblem& p, const SinkhornTables& sinkhorn, bool backward, bool tiles,
+                            int threads) {
+  Arena arena{nullptr};
+  lay_out<T>(arena, p, sinkhorn, backward, tiles, p.batch < threads ? threads : 1);
+  return p.batch < threads ? arena.used : arena.used * threads;
+}
+
+// Values or gradients (rows, channels) of the element type, padded, in the arithmetic type.
+template <class T>
+static void read_channels(const TransportProblem& p, const void* base, int64_t rows, T* out, T* buffer,
+                          const Team& team) {
+  const int64_t lanes = padded<T>(p.channels);
+  for (int64_t i = team.begin(rows); i < team.end(rows); ++i) {
+    const T* row = element_row(p, base, i, p.channels, buffer);
+    for (int64_t c = 0; c < lanes; ++c) out[i * lanes + c] = c < p.channels ? row[c] : T(0);
+  }
+}
+
+}  // namespace objslot::OBJSLOT_ISA
