@@ -37,6 +37,7 @@ struct Lanes<float> {
   typedef float Unaligned __attribute__((vector_size(OBJSLOT_VECTOR_BYTES), aligned(4), may_alias));
   using Integer = int32_t;
   typedef int32_t Bits __attribute__((vector_size(OBJSLOT_VECTOR_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(OBJSLOT_VECTOR_BYTES)));
 };
 template <>
 struct Lanes<double> {
@@ -44,12 +45,15 @@ struct Lanes<double> {
   typedef double Unaligned __attribute__((vector_size(OBJSLOT_VECTOR_BYTES), aligned(8), may_alias));
   using Integer = int64_t;
   typedef int64_t Bits __attribute__((vector_size(OBJSLOT_VECTOR_BYTES)));
+  typedef uint64_t Unsigned __attribute__((vector_size(OBJSLOT_VECTOR_BYTES)));
 };
 
 template <class T>
 using Vec = typename Lanes<T>::Vector;
 template <class T>
 using Bits = typename Lanes<T>::Bits;
+template <class T>
+using Unsigned = typename Lanes<T>::Unsigned;
 template <class T>
 constexpr int width = OBJSLOT_VECTOR_BYTES / sizeof(T);
 
@@ -275,7 +279,8 @@ OBJSLOT_INLINE Vec<T> exp2(Vec<T> x) {
   else
     return (Vec<T>)_mm512_scalef_pd((__m512d)power, (__m512d)whole);
 #else
-  Vec<T> result = (Vec<T>)((Bits<T>)power + ((Bits<T>)shifted << E::mantissa_bits));
+  // Exponents out of range may wrap around: what they give is not used.
+  Vec<T> result = (Vec<T>)((Unsigned<T>)power + ((Unsigned<T>)shifted << E::mantissa_bits));
   result = x < E::lowest ? Vec<T>{} : result;
   return x == x ? result : x;
 #endif

@@ -15,7 +15,7 @@ template <class T>
 OBJSLOT_INLINE void read_padded(const void* base, Element element, int64_t offset, int64_t count, int64_t columns,
                                 T* row) {
   const T* source = read_row<T>(base, element, offset, count, row);
-  if (source != row) __builtin_memcpy(row, source, static_cast<size_t>(count) * sizeof(T));
+  if (source != row && count > 0) __builtin_memcpy(row, source, static_cast<size_t>(count) * sizeof(T));
   for (int64_t j = count; j < columns; ++j) row[j] = T(0);
 }
 
@@ -50,7 +50,7 @@ OBJSLOT_INLINE void write_out(const T* row, void* base, Element element, int64_t
   if constexpr (sizeof(T) == 4) {
     if (element != Element::float32) return write_half_row(row, base, element, offset, count);
   }
-  __builtin_memcpy(static_cast<T*>(base) + offset, row, static_cast<size_t>(count) * sizeof(T));
+  if (count > 0) __builtin_memcpy(static_cast<T*>(base) + offset, row, static_cast<size_t>(count) * sizeof(T));
 }
 
 template <class T>
