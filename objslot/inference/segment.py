@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from objslot.data import Video
 from objslot.data.segmentation import FrameLabels, VideoSegmentation
 from objslot.errors import UserError
+from objslot.inference.refine import refine
 from objslot.inference.regions import (
     InstanceLinker,
     Progress,
@@ -138,15 +139,12 @@ class RegionDrawing:
         """Number of frames T."""
         return len(self._regions.masks)
 
-    def frame(self, t: int) -> FrameLabels:
-        """The index maps of frame t, at the size of the video."""
+    def frame(self, t: int, picture: Tensor) -> FrameLabels:
+        """The index maps of frame t, which is `picture`, uint8 (H, W, 3), at the size of the video."""
         masks = self._regions.masks[t]
         partition = strongest_region(masks, self.size).numpy()
         if self._figure:
-            evidence = F.interpolate(
-                figure_evidence(self._regions, t, masks)[None, None], self.size, mode="bilinear", align_corners=False
-            )
-            ground = evidence[0, 0].numpy() < 0
+            ground = refine(figure_evidence(self._regions, t, masks), picture).numpy() < 0
             left_over = len(masks) + 1 + self._regions.semantics.numpy().astype(np.uint8)
             partition[ground] = left_over[partition[ground] - 1]
         return FrameLabels(self._table[partition], partition)
@@ -173,8 +171,8 @@ def to_segmentation(
     """Select tracks among the regions and draw both at the size of the video, all frames at once."""
     drawing = draw_regions(regions, video, merge_foreground=merge_foreground)
     tracks, partition = (np.empty((drawing.n_frames, *video.size), np.uint8) for _ in range(2))
-    for t in range(drawing.n_frames):
-        tracks[t], partition[t] = drawing.frame(t)
+    for t, picture in zip(range(drawing.n_frames), video.frames(), strict=True):
+        tracks[t], partition[t] = drawing.frame(t, picture)
     return VideoSegmentation(drawing.name, tracks, drawing.foreground, partition, dict(drawing.scores))
 
 

@@ -102,8 +102,8 @@ def _write(folder, video, segmentation, maps, settings, progress) -> dict:
         for t, frame in enumerate(video.frames()):
             if t == n_frames:
                 raise UserError(f"{video.name} has more frames than the {n_frames} that were segmented")
+            labels = segmentation.frame(t, frame) if isinstance(segmentation, RegionDrawing) else segmentation.frame(t)
             frame = np.asarray(frame)
-            labels = segmentation.frame(t)
             tracks = _fitted(labels.tracks, frame.shape[:2])
             layers = {"objects": tracks}
             write_indexed_png(folder / "masks" / f"{t:05d}.png", tracks)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.inference import colour_null, frozen_backbone, segment_video
+from objslot.inference.refine import refine
 from objslot.inference.regions import encode_video
 from objslot.inference.segment import draw_regions, model_regions, strongest_region, to_segmentation
 from objslot.inference.selection import figure_evidence
@@ -100,8 +101,8 @@ def test_one_object_is_what_the_drawing_calls_figure(model, video):
     assert drawing.foreground == (1,)
     for t in (0, 18):
         masks = regions.masks[t]
-        evidence = F.interpolate(figure_evidence(regions, t, masks)[None, None], video.size, mode="bilinear")[0, 0]
-        labels = drawing.frame(t)
+        evidence = refine(figure_evidence(regions, t, masks), video.array[t])
+        labels = drawing.frame(t, video.array[t])
         figure = labels.tracks == 1
         assert 0 < figure.mean() < 1
         assert np.array_equal(figure, evidence.numpy() >= 0)

@@ -41,7 +41,7 @@ def test_frames_drawn_one_at_a_time_are_those_drawn_at_once(model, video, monkey
     drawing = draw_regions(model_regions(model, video, seed=2), video)
     assert (drawing.n_frames, drawing.foreground, drawing.scores) == (19, whole.foreground, whole.scores)
     for t in (18, 3, 3):
-        labels = drawing.frame(t)
+        labels = drawing.frame(t, video.array[t])
         assert np.array_equal(labels.tracks, whole.tracks[t])
         assert np.array_equal(labels.partition, whole.partition[t])
 
