@@ -169,7 +169,7 @@ void objslot::bind_propagate(py::module_& module) {
             {element(types[0]), element(types[1]), batch, frames, height, width, features, classes,
              objslot::elements("query", tensors[0], bytes, some), objslot::elements("keys", tensors[1], bytes, some),
              objslot::elements("labels", tensors[2], label_bytes, some && classes > 0), radius, topk, n_global,
-             temperature},
+             temperature, /*tiles=*/false},
             objslot::elements("out", tensors[3], label_bytes, some && classes > 0), objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());

@@ -5,8 +5,9 @@
 
 namespace objslot {
 
-void propagate(const PropagateProblem& p, void* out, int threads) {
+void propagate(PropagateProblem p, void* out, int threads) {
   if (p.batch == 0) return;
+  p.tiles = has_tiles() && p.element != Element::float64;
   const PropagateKernels& table = kernels<PropagateKernels>();
   const Workspace workspace(table.workspace(p, threads));
   table.run(p, out, workspace.data(), threads);

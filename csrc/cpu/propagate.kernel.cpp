@@ -1,13 +1,14 @@
-// Label propagation for blocks of 8 x 8 query positions: the cosines to one piece of a row of keys at a time, of
+// Label propagation for blocks of 8 x 16 query positions: the cosines to one piece of a row of keys at a time, of
 // which only those above the smallest kept one are looked at again.
 #include "objslot/propagate.h"
 
 #include "objslot/threads.h"
+#include "propagate_tiles.h"
 #include "slot_tile.h"
 
 namespace objslot::OBJSLOT_ISA {
 
-constexpr int64_t side = 8, lanes = side * side, piece = 64;
+constexpr int64_t high = 8, wide = 16, lanes = high * wide, piece_keys = 64;
 
 template <class T>
 struct PropagateScratch {
@@ -16,6 +17,8 @@ struct PropagateScratch {
   T* best;
   int64_t *place, *count;
   T* mixed;
+  // Where tiles are used: the queries' and a piece's, as bfloat16.
+  uint16_t *query_tiles, *key_tiles;
 };
 
 template <class T>
@@ -24,14 +27,20 @@ static PropagateScratch<T> propagate_scratch(const PropagateProblem& p, Shelf& s
   const int64_t width = padded<T>(p.features);
   s.packed = shelf.take<T>(p.features * lanes);
   s.zeros = shelf.take<T>(lanes);
-  s.cosines = shelf.take<T>(piece * lanes);
+  s.cosines = shelf.take<T>(piece_keys * lanes);
   s.threshold = shelf.take<T>(lanes);
-  s.keys = shelf.take<T>(native<T>(p.element) ? 0 : piece * width);
+  s.keys = shelf.take<T>(native<T>(p.element) ? 0 : piece_keys * width);
   s.buffer = shelf.take<T>(width > p.classes ? width : padded<T>(p.classes));
   s.best = shelf.take<T>(lanes * padded<T>(p.topk));
   s.place = shelf.take<int64_t>(lanes * p.topk);
   s.count = shelf.take<int64_t>(lanes);
   s.mixed = shelf.take<T>(padded<T>(p.classes));
+#ifdef OBJSLOT_TILES
+  if (p.tiles) {
+    s.query_tiles = shelf.take<uint16_t>(operand_size(lanes, p.features, 1));
+    s.key_tiles = shelf.take<uint16_t>(operand_size(piece_keys, p.features, 1));
+  }
+#endif
   return s;
 }
 
@@ -94,39 +103,92 @@ static void keep(const PropagateProblem& p, PropagateScratch<T>& s, int64_t lane
   if (s.count[lane] == p.topk) s.threshold[lane] = best[p.topk - 1];
 }
 
-// Compares keys [x, x + count) of row y of a frame with every query of the block.
+// Keys [x, x + count) of row y of a frame.
+struct Piece {
+  int64_t frame, y, x, count;
+  bool anywhere;
+};
+
+// Takes the cosines of one key with `number` queries from `lane` on for what they are: kept, too small, or too far.
+template <class T>
+OBJSLOT_INLINE void look_at(const PropagateProblem& p, PropagateScratch<T>& s, const Block& block, const Piece& piece,
+                            int64_t j, const T* cosines, int64_t first, int64_t number) {
+  const int64_t place = (piece.frame * p.height + piece.y) * p.width + piece.x + j;
+  for (int64_t lane = first; lane < first + number; ++lane) {
+    const T cosine = cosines[lane - first];
+    if (cosine <= s.threshold[lane]) continue;
+    const int64_t i = lane / wide, k = lane % wide;
+    if (i >= block.rows || k >= block.columns) continue;
+    const int64_t dy = piece.y - block.top - i, dx = piece.x + j - block.left - k;
+    if (!piece.anywhere && dy * dy + dx * dx >= p.radius * p.radius) continue;
+    if (cosine == cosine) {
+      keep<T>(p, s, lane, cosine, place);
+    } else {
+      // NaN: nothing compares with it any more, and the result is NaN.
+      s.count[lane] = -1;
+      s.threshold[lane] = std::numeric_limits<T>::infinity();
+    }
+  }
+}
+
+#ifdef OBJSLOT_TILES
+// The same as below, with exact cosines only where rough ones say that they may be large enough.
+static void compare_roughly(const PropagateProblem& p, PropagateScratch<float>& s, const Block& block,
+                            const Piece& piece, const float* rows, int64_t stride, const float* lengths) {
+  constexpr int at_once = 8;
+  round_keys(rows, stride, piece.count, p.features, s.key_tiles);
+  multiply_tiles<1, 1>(s.key_tiles, s.query_tiles, whole_tiles(piece.count), lanes, depth_blocks(p.features), s.cosines,
+                       lanes);
+  for (int64_t lane = 0; lane < lanes; lane += tile_rows) {
+    uint8_t found[piece_keys + at_once];
+    const int64_t number = candidates<lanes>(s.cosines + lane, lengths, s.threshold + lane, piece.count, found);
+    alignas(64) float exact[at_once * tile_rows];
+    for (int64_t first = 0; first < number; first += at_once) {
+      const int64_t left = number - first < at_once ? number - first : at_once;
+      if (left > 2) {
+        // The last ones are filled up with what is there.
+        for (int64_t r = left; r < at_once; ++r) found[first + r] = found[first];
+        exact_products<at_once, lanes>(rows, stride, found + first, p.features, s.packed + lane, exact);
+      } else {
+        for (int64_t r = 0; r < left; ++r)
+          exact_products<1, lanes>(rows, stride, found + first + r, p.features, s.packed + lane, exact + r * tile_rows);
+      }
+      for (int64_t r = 0; r < left; ++r) {
+        float* cosines = exact + r * tile_rows;
+        const int64_t j = found[first + r];
+        for (int64_t z = 0; z < tile_rows; ++z) cosines[z] *= lengths[j];
+        look_at<float>(p, s, block, piece, j, cosines, lane, tile_rows);
+      }
+    }
+  }
+}
+#endif
+
+// Compares the keys of a piece with every query of the block.
 template <class T>
 static void compare_piece(const PropagateProblem& p, PropagateScratch<T>& s, const Block& block, const T* lengths,
-                          int64_t frame, int64_t y, int64_t x, int64_t count, bool anywhere) {
-  const int64_t positions = p.height * p.width, place = (frame * p.height + y) * p.width + x;
+                          const Piece& piece) {
+  const int64_t positions = p.height * p.width, place = (piece.frame * p.height + piece.y) * p.width + piece.x;
   const int64_t first = (block.batch * p.frames * positions + place) * p.features;
   const T* rows = static_cast<const T*>(p.keys) + first;
   int64_t stride = p.features;
   if (!native<T>(p.element)) {
     stride = padded<T>(p.features);
-    for (int64_t j = 0; j < count; ++j)
+    for (int64_t j = 0; j < piece.count; ++j)
       read_row<T>(p.keys, p.element, first + j * p.features, p.features, s.keys + j * stride);
     rows = s.keys;
   }
-  dots<T>(rows, stride, count, p.features, s.packed, s.zeros, lanes, s.cosines);
-  for (int64_t j = 0; j < count; ++j) {
+  lengths += place;
+#ifdef OBJSLOT_TILES
+  if constexpr (sizeof(T) == 4) {
+    if (p.tiles) return compare_roughly(p, s, block, piece, rows, stride, lengths);
+  }
+#endif
+  dots<T>(rows, stride, piece.count, p.features, s.packed, s.zeros, lanes, s.cosines);
+  for (int64_t j = 0; j < piece.count; ++j) {
     T* row = s.cosines + j * lanes;
-    for (int64_t z = 0; z < lanes; z += width<T>) store(row + z, load(row + z) * lengths[place + j]);
-    if (!any_above<T>(row, s.threshold)) continue;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      if (row[lane] <= s.threshold[lane]) continue;
-      const int64_t i = lane / side, k = lane % side;
-      if (i >= block.rows || k >= block.columns) continue;
-      const int64_t dy = y - block.top - i, dx = x + j - block.left - k;
-      if (!anywhere && dy * dy + dx * dx >= p.radius * p.radius) continue;
-      if (row[lane] == row[lane]) {
-        keep<T>(p, s, lane, row[lane], place + j);
-      } else {
-        // NaN: nothing compares with it any more, and the result is NaN.
-        s.count[lane] = -1;
-        s.threshold[lane] = std::numeric_limits<T>::infinity();
-      }
-    }
+    for (int64_t z = 0; z < lanes; z += width<T>) store(row + z, load(row + z) * lengths[j]);
+    if (any_above<T>(row, s.threshold)) look_at<T>(p, s, block, piece, j, row, 0, lanes);
   }
 }
 
@@ -135,7 +197,7 @@ static void write_labels(const PropagateProblem& p, PropagateScratch<T>& s, cons
   const int64_t positions = p.height * p.width;
   for (int64_t i = 0; i < block.rows; ++i)
     for (int64_t k = 0; k < block.columns; ++k) {
-      const int64_t lane = i * side + k, count = s.count[lane];
+      const int64_t lane = i * wide + k, count = s.count[lane];
       const int64_t query = block.batch * positions + (block.top + i) * p.width + block.left + k;
       const T nothing = count < 0 ? std::numeric_limits<T>::quiet_NaN() : T(0);
       for (int64_t c = 0; c < p.classes; ++c) s.mixed[c] = nothing;
@@ -160,7 +222,7 @@ static void propagate_block(const PropagateProblem& p, PropagateScratch<T>& s, c
   const int64_t positions = p.height * p.width;
   clear(s.packed, p.features * lanes);
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    const int64_t i = lane / side, k = lane % side;
+    const int64_t i = lane / wide, k = lane % wide;
     const bool active = i < block.rows && k < block.columns;
     s.count[lane] = 0;
     s.threshold[lane] = active ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
@@ -170,6 +232,11 @@ static void propagate_block(const PropagateProblem& p, PropagateScratch<T>& s, c
     const T inverse = inverse_length<T>(row, p.features);
     for (int64_t d = 0; d < p.features; ++d) s.packed[d * lanes + lane] = row[d] * inverse;
   }
+#ifdef OBJSLOT_TILES
+  if constexpr (sizeof(T) == 4) {
+    if (p.tiles) round_queries<lanes>(s.packed, p.features, s.query_tiles);
+  }
+#endif
   const int64_t bottom = block.top + block.rows - 1, right = block.left + block.columns - 1;
   for (int64_t frame = 0; frame < p.frames; ++frame) {
     const bool anywhere = frame < p.n_global;
@@ -178,8 +245,8 @@ static void propagate_block(const PropagateProblem& p, PropagateScratch<T>& s, c
       const int64_t half = anywhere ? p.width : reach(p.radius, offset);
       if (half < 0) continue;
       const int64_t begin = most(0, block.left - half), end = least(p.width, right + half + 1);
-      for (int64_t x = begin; x < end; x += piece)
-        compare_piece<T>(p, s, block, lengths, frame, y, x, least(piece, end - x), anywhere);
+      for (int64_t x = begin; x < end; x += piece_keys)
+        compare_piece<T>(p, s, block, lengths, {frame, y, x, least(piece_keys, end - x), anywhere});
     }
   }
   write_labels<T>(p, s, block, out);
@@ -207,14 +274,14 @@ static void run_propagate(const PropagateProblem& p, void* out, void* workspace,
       lengths[row] =
           inverse_length<T>(read_row<T>(p.keys, p.element, row * p.features, p.features, s.buffer), p.features);
   });
-  const int64_t down = (p.height + side - 1) / side, across = (p.width + side - 1) / side;
+  const int64_t down = (p.height + high - 1) / high, across = (p.width + wide - 1) / wide;
   parallel_for(p.batch * down * across, threads, [&](int64_t first, int64_t last, int worker) {
     Shelf shelf{base + worker * scratch};
     PropagateScratch<T> s = propagate_scratch<T>(p, shelf);
     clear(s.zeros, lanes);
     for (int64_t item = first; item < last; ++item) {
-      const int64_t batch = item / (down * across), top = item / across % down * side, left = item % across * side;
-      const Block block{batch, top, left, least(side, p.height - top), least(side, p.width - left)};
+      const int64_t batch = item / (down * across), top = item / across % down * high, left = item % across * wide;
+      const Block block{batch, top, left, least(high, p.height - top), least(wide, p.width - left)};
       propagate_block<T>(p, s, block, lengths + batch * context, out);
     }
   });

@@ -76,6 +76,24 @@ def test_error_budget(backend, dtype):
     )
 
 
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("magnitude", [0.0, 18.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_are_found_among_like_keys_of_any_length(backend, dtype, magnitude):
+    """Positions differ little from frame to frame, so that many cosines lie close to the smallest kept one."""
+    frames, height, width, features = 4, 18, 37, 100
+    scene = noise(height, width, features)
+    keys = (scene + 0.3 * noise(frames, height, width, features, seed=1)).to(dtype)
+    query = (scene + 0.3 * noise(height, width, features, seed=2)).to(dtype)
+    keys = keys * 10 ** (magnitude * (2 * torch.rand(frames, height, width, 1) - 1)).to(dtype)
+    labels = noise(frames, height, width, 3, seed=3)
+    settings = {"radius": 6, "topk": 9, "temperature": 0.2, "n_global": 1}
+    found = propagate(query, keys, labels.to(dtype), **settings, backend=backend)
+    exact = propagate(query.double(), keys.double(), labels.to(dtype).double(), **settings, backend="reference")
+    # A wrong key among the nine would be off by a ninth of a label.
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 def test_bounded_memory(monkeypatch):
     arguments = inputs(2, height=6, width=7)
     wanted = evaluate(lambda *x: reference.plain(*x, 3, 8, 0.2, 1), arguments)

@@ -18,6 +18,7 @@ struct PropagateProblem {
   const void* labels;  // (batch, frames, height, width, classes)
   int64_t radius, topk, n_global;
   double temperature;
+  bool tiles;  // whether AMX tiles may be used
 };
 
 struct PropagateKernels {
@@ -26,7 +27,7 @@ struct PropagateKernels {
   void (*run)(const PropagateProblem&, void* out, void* workspace, int threads);
 };
 
-// out (batch, height, width, classes), by the kernels of the active instruction set.
-void propagate(const PropagateProblem&, void* out, int threads);
+// out (batch, height, width, classes), by the kernels of the active instruction set; `tiles` is set here.
+void propagate(PropagateProblem, void* out, int threads);
 
 }  // namespace objslot
