@@ -1,5 +1,5 @@
 // Slot attention forward: one pass over keys and values; the weights of a tile never leave the cache.
-#include "slot_tile.h"
+#include "slot_tiles.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -7,7 +7,27 @@ template <class T>
 struct ForwardScratch {
   T *qt, *eps, *bias, *weights, *sums, *mass, *tile_mass, *buffer, *keys, *values;
   Live<T> live;
+  // On tiles: the slots by lane, packed, and packed weights; words of keys and values.
+  T* rows;
+  uint32_t *packed, *packed_weights, *words;
 };
+
+// Rows of the sums, and elements in each.
+template <class T>
+static int64_t sums_rows(const SlotAttentionProblem& p, const Layout& layout) {
+#ifdef OBJSLOT_SLOT_TILES
+  if (tiles_serve(p)) return layout.lanes;
+#endif
+  (void)p;
+  return layout.rows;
+}
+template <class T>
+static int64_t sums_stride(const SlotAttentionProblem& p) {
+#ifdef OBJSLOT_SLOT_TILES
+  if (tiles_serve(p)) return quads_of(p.value_width) * 4 * block;
+#endif
+  return padded<T>(p.value_width);
+}
 
 template <class T>
 static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const Layout& layout, Shelf& shelf) {
@@ -18,7 +38,7 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   s.eps = shelf.take<T>(layout.lanes);
   s.bias = shelf.take<T>(layout.lanes);
   s.weights = shelf.take<T>(tile * layout.lanes);
-  s.sums = shelf.take<T>(layout.rows * values);
+  s.sums = shelf.take<T>(sums_rows<T>(p, layout) * sums_stride<T>(p));
   s.mass = shelf.take<T>(layout.lanes);
   s.tile_mass = shelf.take<T>(layout.lanes);
   s.buffer = shelf.take<T>((longest > layout.lanes ? longest : layout.lanes) + tile);
@@ -28,6 +48,17 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   s.live.index = shelf.take<int32_t>(tile);
   s.live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
   s.live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
+#ifdef OBJSLOT_SLOT_TILES
+  if (tiles_serve(p))
+    with_precision(p.element, [&](auto precision) {
+      constexpr Precision P = precision();
+      const int64_t thin = thin_planes<P> * block_words, lanes = layout.lanes;
+      s.rows = shelf.take<T>(lanes * blocks_of(p.width) * block);
+      s.packed = shelf.take<uint32_t>(blocks_of(lanes) * blocks_of(p.width) * thin);
+      s.packed_weights = shelf.take<uint32_t>(blocks_of(lanes) * row_blocks * thin);
+      s.words = shelf.take<uint32_t>(words_of<P>(lanes));
+    });
+#endif
   return s;
 }
 
@@ -70,11 +101,11 @@ static void write_logits(const SlotAttentionProblem& p, const Layout& layout, co
 template <class T>
 static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                           ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
-  const int64_t values = padded<T>(p.value_width);
+  const int64_t sums_width = sums_stride<T>(p);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
   pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736),
                      s.buffer, s.qt);
-  clear(s.sums, layout.rows * values);
+  clear(s.sums, sums_rows<T>(p, layout) * sums_width);
   clear(s.mass, layout.lanes);
   for (int64_t from = begin; from < end; from += tile) {
     const int64_t count = end - from < tile ? end - from : tile;
@@ -93,15 +124,75 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     if (p.v)
       rows = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
                           s.live, s.values, &value_stride);
-    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums, values,
-              next_keys);
+    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums,
+              sums_width, next_keys);
   }
+}
+
+#ifdef OBJSLOT_SLOT_TILES
+// The slots of an element of the batch by lane, times a factor; zeros in padding. Rows are of whole blocks.
+static void lane_rows(const void* slots, Element element, int64_t offset, const Layout& layout, int64_t columns,
+                      float factor, float* buffer, float* rows) {
+  const int64_t stride = blocks_of(columns) * block;
+  clear(rows, layout.lanes * stride);
+  for (int64_t g = 0; g < layout.groups; ++g)
+    for (int64_t i = 0; i < layout.slots; ++i) {
+      const float* row = read_row<float>(slots, element, offset + (g * layout.slots + i) * columns, columns, buffer);
+      float* to = rows + (g * layout.step + i) * stride;
+      for (int64_t d = 0; d < columns; ++d) to[d] = factor * row[d];
+    }
+}
+
+// The same on tiles; false where the numbers are not fit for them.
+template <Precision P>
+static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
+                                   ForwardScratch<float>& s, int64_t batch, int64_t begin, int64_t end) {
+  const int64_t lanes = layout.lanes, columns = blocks_of(p.width) * block, stride = sums_stride<float>(p);
+  const int64_t keys = batch * p.k_stride, values = batch * p.v_stride;
+  lane_constants<float>(p, layout, batch, s.buffer, s.eps, s.bias);
+  lane_rows(p.q, p.element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
+  if (!sound_rows(s.rows, lanes, columns, columns)) return false;
+  pack_matrix<P>(s.rows, lanes, columns, true, s.packed);
+  clear(s.sums, lanes * stride);
+  clear(s.mass, lanes);
+  for (int64_t from = begin; from < end; from += tile) {
+    find_live<float>(p, layout, batch, from, end - from < tile ? end - from : tile, s.buffer, s.live);
+    TileRows rows;
+    point_to(rows, p.k, p.element, keys, p.k_row_stride, p.width, from, s.live);
+    if (p.row_mean) normalise(rows, p, batch, from, s.live);
+    const Ahead next_keys = tile_ahead(p.k, p.element, keys, p.k_row_stride, p.width, from + tile, end);
+    rows.ahead = tile_ahead(p.v, p.element, values, p.v_row_stride, p.value_width, from, end);
+    multiply_rows<P>(rows, s.packed, lanes, s.words, s.weights);
+    if (!finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false)) return false;
+    if (r.logits)
+      write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
+    with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s); });
+    pack_weights<P>(s.weights, s.live.count, lanes, s.packed_weights);
+    if (p.v) point_to(rows, p.v, p.element, values, p.v_row_stride, p.value_width, from, s.live);
+    rows.ahead = next_keys;
+    gather_rows<P>(rows, s.packed_weights, lanes, s.words, s.sums);
+  }
+  return sound_rows(s.sums, lanes, stride, stride);
+}
+#endif
+
+template <class T>
+static void run_share(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
+                      ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
+#ifdef OBJSLOT_SLOT_TILES
+  if constexpr (sizeof(T) == 4)
+    if (tiles_serve(p) && with_precision(p.element, [&](auto precision) {
+          return forward_share_on_tiles<precision()>(p, r, layout, s, batch, begin, end);
+        }))
+      return;
+#endif
+  forward_share<T>(p, r, layout, s, batch, begin, end);
 }
 
 template <class T>
 static void write_updates(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                           int64_t batch, T* sums, const T* mass) {
-  const int64_t values = padded<T>(p.value_width);
+  const int64_t values = sums_stride<T>(p);
   for (int64_t g = 0; g < p.groups; ++g)
     for (int64_t i = 0; i < p.slots; ++i) {
       const int64_t lane = g * layout.step + i, out = (batch * p.groups + g) * p.slots + i;
@@ -119,7 +210,7 @@ static int64_t forward_plan(const SlotAttentionProblem& p, int threads, char* ba
   Shelf scratch{nullptr};
   forward_scratch<T>(p, layout, scratch);
   const int64_t shares = shares_of(p.positions);
-  const int64_t one = layout.rows * padded<T>(p.value_width) + layout.lanes;
+  const int64_t one = sums_rows<T>(p, layout) * sums_stride<T>(p) + layout.lanes;
   if (partial) *partial = base + threads * scratch.used;
   return threads * scratch.used + (shares > 1 ? p.batch * shares * one * static_cast<int64_t>(sizeof(T)) : 0);
 }
@@ -127,8 +218,8 @@ static int64_t forward_plan(const SlotAttentionProblem& p, int threads, char* ba
 template <class T>
 static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult& r, void* workspace, int threads) {
   const Layout layout = layout_of<T>(p.groups, p.slots);
-  const int64_t shares = shares_of(p.positions), values = padded<T>(p.value_width);
-  const int64_t one = layout.rows * values + layout.lanes;
+  const int64_t shares = shares_of(p.positions), sums = sums_rows<T>(p, layout) * sums_stride<T>(p);
+  const int64_t one = sums + layout.lanes;
   char *base = static_cast<char*>(workspace), *partial_base;
   Shelf counter{nullptr};
   forward_scratch<T>(p, layout, counter);
@@ -139,14 +230,17 @@ static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult
     Shelf shelf{base + worker * counter.used};
     ForwardScratch<T> s = forward_scratch<T>(p, layout, shelf);
     if (!p.mask) s.live.lanes = nullptr;
+#ifdef OBJSLOT_SLOT_TILES
+    const TileRegisters tile_registers(tiles_serve(p));
+#endif
     for (int64_t item = first; item < last; ++item) {
       const int64_t batch = item / shares, index = item % shares;
       if (shares > 1) {
         s.sums = partial + item * one;
-        s.mass = s.sums + layout.rows * values;
+        s.mass = s.sums + sums;
       }
-      forward_share<T>(p, r, layout, s, batch, share_begin(p.positions, shares, index),
-                       share_begin(p.positions, shares, index + 1));
+      run_share<T>(p, r, layout, s, batch, share_begin(p.positions, shares, index),
+                   share_begin(p.positions, shares, index + 1));
       if (shares == 1) write_updates<T>(p, r, layout, batch, s.sums, s.mass);
     }
   });
@@ -157,7 +251,7 @@ static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult
       T* total = partial + batch * shares * one;
       for (int64_t index = 1; index < shares; ++index)
         for (int64_t d = 0; d < one; d += width<T>) store(total + d, load(total + d) + load(total + index * one + d));
-      write_updates<T>(p, r, layout, batch, total, total + layout.rows * values);
+      write_updates<T>(p, r, layout, batch, total, total + sums);
     }
   });
 }

@@ -15,11 +15,12 @@ constexpr int registers = 16;
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
+  template <int lines = 2>
   OBJSLOT_INLINE_MEMBER void fetch() {
     if (at >= end) return;
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(at + 64, 0, 2);
-    at += 128;
+#pragma GCC unroll 8
+    for (int k = 0; k < lines; ++k) __builtin_prefetch(at + 64 * k, 0, 2);
+    at += 64 * lines;
   }
 };
 

@@ -98,34 +98,6 @@ struct Live {
   T* lanes;   // (tile, lanes), by live position; unused without a mask
 };
 
-template <class T>
-static void find_live(const SlotAttentionProblem& p, const Layout& layout, int64_t batch, int64_t begin, int64_t count,
-                      T* buffer, Live<T>& live) {
-  live.count = 0;
-  if (!p.mask) {
-    live.count = count;
-    live.all = true;
-    return;
-  }
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const T* row = read_row<T>(p.mask, p.element, batch * p.mask_stride + g * p.positions + begin, count, buffer);
-    __builtin_memcpy(live.mask + g * tile, row, static_cast<size_t>(count) * sizeof(T));
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    bool read = false;
-    for (int64_t g = 0; g < p.groups; ++g) read |= live.mask[g * tile + j] != T(0);
-    if (!read) continue;
-    T* lanes = live.lanes + live.count * layout.lanes;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const T value = live.mask[g * tile + j];
-      for (int64_t lane = 0; lane < layout.step; ++lane) lanes[g * layout.step + lane] = value;
-    }
-    for (int64_t lane = p.groups * layout.step; lane < layout.lanes; ++lane) lanes[lane] = T(0);
-    live.index[live.count++] = static_cast<int32_t>(j);
-  }
-  live.all = live.count == count;
-}
-
 // The live rows of a tile in the arithmetic type: the memory itself where it will do, otherwise a copy.
 template <class T>
 static const T* live_rows(const void* base, Element element, int64_t offset, int64_t row_stride, int64_t columns,
@@ -255,13 +227,55 @@ OBJSLOT_INLINE void with_step(const Layout& layout, const Body& body) {
   body(std::integral_constant<int, 0>());
 }
 
+template <class T, int Step, int... lane>
+OBJSLOT_INLINE Vec<T> repeated(Vec<T> v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, (lane / Step)...);
+}
+// lanes: the value of every group in all its lanes, zero past the last group. Reads whole vectors of values.
+template <class T, int Step>
+OBJSLOT_INLINE void spread_groups(T* values, const Layout& layout, T* lanes) {
+  if constexpr (Step > 0) {
+    for (int64_t g = layout.groups; g < layout.lanes / Step; ++g) values[g] = T(0);
+    for (int64_t z = 0; z < layout.lanes; z += width<T>)
+      store(lanes + z, repeated<T, Step>(load(values + z / Step), std::make_integer_sequence<int, width<T>>()));
+  } else {
+    for (int64_t z = 0; z < layout.lanes; z += width<T>) store(lanes + z, broadcast(values[z / layout.step]));
+  }
+}
+
+// `buffer`: as long as the lanes and a tile.
+template <class T>
+static void find_live(const SlotAttentionProblem& p, const Layout& layout, int64_t batch, int64_t begin, int64_t count,
+                      T* buffer, Live<T>& live) {
+  live.count = 0;
+  if (!p.mask) {
+    live.count = count;
+    live.all = true;
+    return;
+  }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const T* row = read_row<T>(p.mask, p.element, batch * p.mask_stride + g * p.positions + begin, count, buffer);
+    __builtin_memcpy(live.mask + g * tile, row, static_cast<size_t>(count) * sizeof(T));
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    bool read = false;
+    for (int64_t g = 0; g < p.groups; ++g) read |= (buffer[g] = live.mask[g * tile + j]) != T(0);
+    if (!read) continue;
+    T* lanes = live.lanes + live.count * layout.lanes;
+    with_step<T>(layout, [&](auto step) { spread_groups<T, step()>(buffer, layout, lanes); });
+    live.index[live.count++] = static_cast<int32_t>(j);
+  }
+  live.all = live.count == count;
+}
+
 // The constants of the lanes: eps, zero in padding; bias in units of log2, minus infinity in padding.
 template <class T>
 static void lane_constants(const SlotAttentionProblem& p, const Layout& layout, int64_t batch, T* buffer, T* eps,
                            T* bias) {
   for (int64_t lane = 0; lane < layout.lanes; ++lane) {
     eps[lane] = T(0);
-    bias[lane] = -std::numeric_limits<T>::infinity();
+    // Past the last group nobody looks, but the numbers stay numbers.
+    bias[lane] = lane < layout.groups * layout.step ? -std::numeric_limits<T>::infinity() : T(0);
   }
   for (int64_t g = 0; g < p.groups; ++g) {
     const T* row =

@@ -12,8 +12,8 @@ ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64
 def forward(q, k, v, mask, bias, scale, eps, return_logits):
     """Updates, logits (empty unless asked for) and mass, as in `autograd`."""
     rows = q.shape[:-1]
-    updates = q.new_empty((*rows, (k if v is None else v).shape[-1]))
-    logits = q.new_empty((*rows, k.shape[-2])) if return_logits else q.new_empty(0)
+    updates = _native.empty((*rows, (k if v is None else v).shape[-1]), q.dtype)
+    logits = _native.empty((*rows, k.shape[-2]), q.dtype) if return_logits else q.new_empty(0)
     mass = q.new_empty(rows, dtype=compute_dtype(q.dtype))
     problem, kept = _problem(q, k, v, mask, bias, scale, eps)
     _native.load().slot_attention_forward(
@@ -29,7 +29,7 @@ def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scal
     problem, kept = _problem(q, k, v, mask, bias, scale, eps)
     given = [None if x is None else x.contiguous() for x in (grad_updates, grad_logits, updates, mass)]
     grads = [
-        like.new_empty(like.shape) if wanted else q.new_empty(0)
+        _native.empty(like.shape, like.dtype) if wanted else q.new_empty(0)
         for like, wanted in zip((q, k, v, mask, bias), needs, strict=True)
     ]
     _native.load().slot_attention_backward(
