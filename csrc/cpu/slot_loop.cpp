@@ -47,6 +47,7 @@ Plan plan_rows(const SlotLoopProblem& p, bool backward) {
   r.slots_eps = p.slots_eps;
   r.mlp_eps = p.mlp_eps;
   r.layers = p.layers;
+  r.tiles = table.tiles(p.element, r.rows);
   // Products with the transpose of a layer's matrix (outputs, inputs), from one of its rows on; `back`: with the
   // matrix itself, whose rows are then the inner dimension.
   const auto add = [&](const void* data, int64_t row, int64_t outputs, int64_t inputs, bool back) {
@@ -54,8 +55,8 @@ Plan plan_rows(const SlotLoopProblem& p, bool backward) {
     const PackedMatrix m = back ? PackedMatrix{from, inputs, outputs, 1, inputs, plan.packed}
                                 : PackedMatrix{from, outputs, inputs, inputs, 1, plan.packed};
     plan.matrices.push_back(m);
-    plan.packed += (table.packed_size(p.element, m.outer, m.inner) + 15) / 16 * 16;
-    return m.place;
+    plan.packed += (table.packed_size(p.element, m.outer, m.inner, r.tiles) + 15) / 16 * 16;
+    return m;
   };
   const SlotLayers& l = p.layers;
   r.query = add(l.query, 0, input, width, false);
@@ -113,7 +114,8 @@ void slot_loop_forward(const SlotLoopProblem& p, const SlotLoopForward& f, int t
   const Workspace workspace(parts.used());
   const auto at = [&](int64_t place) { return static_cast<char*>(workspace.data()) + place; };
 
-  table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), at(packed), threads);
+  table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), at(packed),
+             plan.rows.tiles, threads);
   plan.rows.packed = at(packed);
   table.statistics(p, f.x_eps, f.mean, f.inverse, threads);
   const auto kept = [&](int64_t iteration) {
@@ -156,7 +158,9 @@ void slot_loop_backward(const SlotLoopProblem& p, const SlotLoopBackward& b, int
   const Workspace workspace(parts.used());
   const auto at = [&](int64_t place) { return static_cast<char*>(workspace.data()) + place; };
 
-  if (b.pack) table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), b.packed, threads);
+  if (b.pack)
+    table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), b.packed, plan.rows.tiles,
+               threads);
   plan.rows.packed = b.packed;
   void* const mlp_sums[2] = {at(sums[0]), at(sums[1])};
   void* const slots_sums[2] = {at(sums[2]), at(sums[3])};

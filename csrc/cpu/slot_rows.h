@@ -2,7 +2,7 @@
 #pragma once
 
 #include "objslot/slot_loop.h"
-#include "slot_tile.h"
+#include "slot_dense_tiles.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -15,21 +15,24 @@ constexpr int64_t inner_part = 128;
 
 // Rows are handled in chunks of this many, over which sums of rows are kept apart, and in blocks of whole chunks.
 constexpr int64_t row_chunk = 16;
-constexpr int64_t most_rows = 256;
+constexpr int64_t most_rows = 256, most_rows_on_tiles = 128;
 
-OBJSLOT_INLINE int64_t block_rows(int64_t rows, int threads) {
-  const int64_t even = (rows + threads - 1) / threads;
-  const int64_t block = (even + row_chunk - 1) / row_chunk * row_chunk;
-  return block < most_rows ? block : most_rows;
+OBJSLOT_INLINE int64_t block_rows(const SlotRows& p, int threads) {
+  const int64_t even = (p.rows + threads - 1) / threads, most = p.tiles ? most_rows_on_tiles : most_rows;
+  const int64_t rows = (even + row_chunk - 1) / row_chunk * row_chunk;
+  return rows < most ? rows : most;
 }
 
 // Calls body(first row, rows, worker) on the blocks.
 template <class Body>
-OBJSLOT_INLINE void for_blocks(int64_t rows, int threads, const Body& body) {
-  const int64_t block = block_rows(rows, threads);
-  parallel_for((rows + block - 1) / block, threads, [&](int64_t first, int64_t last, int worker) {
-    for (int64_t at = first * block; at < last * block && at < rows; at += block)
-      body(at, rows - at < block ? rows - at : block, worker);
+OBJSLOT_INLINE void for_blocks(const SlotRows& p, int threads, const Body& body) {
+  const int64_t rows = p.rows, step = block_rows(p, threads);
+  parallel_for((rows + step - 1) / step, threads, [&](int64_t first, int64_t last, int worker) {
+#ifdef OBJSLOT_SLOT_TILES
+    const TileRegisters tile_registers(p.tiles);
+#endif
+    for (int64_t at = first * step; at < last * step && at < rows; at += step)
+      body(at, rows - at < step ? rows - at : step, worker);
   });
 }
 
@@ -119,25 +122,99 @@ static void multiply_panel(const T* a, int64_t stride, int64_t rows, int64_t inn
     multiply_block<T, KV, 0>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
 }
 
-// out (rows, outer) = a (rows, inner) w + bias, or added to what is there. `bias` may be null.
 template <class T>
-static void multiply(const T* a, int64_t stride, int64_t rows, int64_t inner, const T* packed, int64_t outer,
-                     const T* bias, T* out, int64_t out_stride, bool add) {
+static void multiply_plainly(const Operand<T>& a, const T* packed, int64_t outer, const T* bias, T* out,
+                             int64_t out_stride, bool add) {
   for (int64_t c = 0; c < outer; c += panel_width<T>) {
     const int64_t columns = outer - c < panel_width<T> ? outer - c : panel_width<T>;
     const int64_t vectors = (columns + width<T> - 1) / width<T>;
     // In parts whose weights stay in the first cache over all rows.
-    for (int64_t i = 0; i < inner; i += inner_part) {
-      const int64_t count = inner - i < inner_part ? inner - i : inner_part;
-      const T* w = packed + c * inner + i * vectors * width<T>;
+    for (int64_t i = 0; i < a.inner; i += inner_part) {
+      const int64_t count = a.inner - i < inner_part ? a.inner - i : inner_part;
+      const T* w = packed + c * a.inner + i * vectors * width<T>;
       const T* b = bias && i == 0 ? bias + c : nullptr;
       const bool more = add || i > 0;
-      if (vectors == 1) multiply_panel<T, 1>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
-      if (vectors == 2) multiply_panel<T, 2>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
+      const T* data = a.data + i;
+      if (vectors == 1) multiply_panel<T, 1>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
+      if (vectors == 2) multiply_panel<T, 2>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
       if constexpr (panel_vectors == 3)
-        if (vectors == 3) multiply_panel<T, 3>(a + i, stride, rows, count, w, b, out + c, out_stride, columns, more);
+        if (vectors == 3)
+          multiply_panel<T, 3>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
     }
   }
+}
+
+#ifdef OBJSLOT_SLOT_TILES
+// `first`, a multiple of 32: the first of the outputs.
+static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Operand<float>& a, const float* bias,
+                              float* out, int64_t out_stride, bool add, int64_t first, int64_t columns) {
+  const auto* const panels = static_cast<const uint32_t*>(p.packed) + m.place;
+  const auto* const data = static_cast<const float*>(m.data);
+  const int64_t places = place_blocks(a.inner), size = panel_words(a.inner);
+  const int64_t next_rows = places * dense_planes * block_words;
+  alignas(64) float product[pair_places * pair_places];
+  for (int64_t c = 0; c < columns; c += pair_places) {
+    const uint32_t* const panel = panels + (first + c) / block * size;
+    const int64_t width = columns - c < pair_places ? columns - c : pair_places;
+    for (int64_t j = 0; j < a.rows; j += pair_places) {
+      const int64_t height = a.rows - j < pair_places ? a.rows - j : pair_places;
+      multiply_pairs(a.words + j / block * next_rows, next_rows, panel + header_words, size, places, product);
+      const uint32_t lost = a.lost[j / block] | static_cast<uint32_t>(a.lost[j / block + 1]) << block;
+      if (lost || !panel[0] || !panel[size])
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t d = 0; d < width; ++d)
+            if (lost >> i & 1 || !panel[d / block * size])
+              product[i * pair_places + d] =
+                  dense_dot(a.data + (j + i) * a.stride, data + (first + c + d) * m.outer_stride, m.inner_stride, a.inner);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t d = 0; d < width; d += block) {
+          const int64_t left = width - d;
+          float* const target = out + (j + i) * out_stride + c + d;
+          Vec<float> value = load(product + i * pair_places + d);
+          if (bias) value += load_upto(bias + c + d, left);
+          if (add) value += load_upto(target, left);
+          store_upto(target, value, left);
+        }
+    }
+  }
+}
+#endif
+
+// Rows as a factor; `words`: room for them on tiles.
+template <class T>
+OBJSLOT_INLINE Operand<T> operand(const SlotRows& p, const T* data, int64_t stride, int64_t rows, int64_t inner,
+                                  uint32_t* words) {
+#ifdef OBJSLOT_SLOT_TILES
+  if constexpr (sizeof(T) == 4)
+    if (p.tiles) return split_operand(data, stride, rows, inner, words);
+#endif
+  (void)p, (void)words;
+  return {data, stride, rows, inner};
+}
+OBJSLOT_INLINE int64_t operand_size(const SlotRows& p, int64_t rows, int64_t inner) {
+#ifdef OBJSLOT_SLOT_TILES
+  if (p.tiles) return operand_words(rows, inner);
+#endif
+  (void)p, (void)rows, (void)inner;
+  return 0;
+}
+
+// out (rows, columns) = a (rows, inner) times the outputs of a matrix from `first` on, + bias, or added to what is
+// there. `first` is a multiple of what the matrix is packed in; `bias` may be null and begins with its bias.
+template <class T>
+static void multiply(const SlotRows& p, const PackedMatrix& m, const Operand<T>& a, const T* bias, T* out,
+                     int64_t out_stride, bool add, int64_t first, int64_t columns) {
+#ifdef OBJSLOT_SLOT_TILES
+  if constexpr (sizeof(T) == 4)
+    if (p.tiles) return multiply_on_tiles(p, m, a, bias, out, out_stride, add, first, columns);
+#endif
+  multiply_plainly<T>(a, static_cast<const T*>(p.packed) + m.place + first * a.inner, columns, bias, out, out_stride,
+                      add);
+}
+template <class T>
+static void multiply(const SlotRows& p, const PackedMatrix& m, const Operand<T>& a, const T* bias, T* out,
+                     int64_t out_stride, bool add) {
+  multiply<T>(p, m, a, bias, out, out_stride, add, 0, m.outer);
 }
 
 template <class T>
@@ -181,7 +258,7 @@ OBJSLOT_INLINE void normalise(const T* row, int64_t count, Moments<T> m, const T
 // The queries of a block of slots, and the constants of their logits; normed (rows, width) is to be worked in.
 template <class T>
 static void make_queries(const SlotRows& p, const T* slots, int64_t rows, T* normed, int64_t normed_stride, T* query,
-                         T* constant) {
+                         T* constant, uint32_t* words) {
   const T* norm = static_cast<const T*>(p.layers.norm_slots);
   const T* norm_bias = static_cast<const T*>(p.layers.norm_slots_bias);
   for (int64_t j = 0; j < rows; ++j) {
@@ -189,8 +266,8 @@ static void make_queries(const SlotRows& p, const T* slots, int64_t rows, T* nor
     normalise<T>(row, p.width, moments<T>(row, p.width, T(p.slots_eps)), norm, norm_bias, normed + j * normed_stride);
   }
   const T* bias = static_cast<const T*>(p.layers.query_bias);
-  multiply<T>(normed, normed_stride, rows, p.width, static_cast<const T*>(p.packed) + p.query, p.input_width, bias,
-              query, p.input_width, false);
+  multiply<T>(p, p.query, operand<T>(p, normed, normed_stride, rows, p.width, words), bias, query, p.input_width,
+              false);
   const T* last = static_cast<const T*>(p.layers.query) + p.input_width * p.width;
   for (int64_t j = 0; j < rows; ++j) {
     const T* row = normed + j * normed_stride;
@@ -203,8 +280,9 @@ static void make_queries(const SlotRows& p, const T* slots, int64_t rows, T* nor
 
 // updates (rows, width): the averages as values; zero where a slot has no position.
 template <class T>
-static void make_updates(const SlotRows& p, const T* means, const T* mass, int64_t rows, T* updates, int64_t stride) {
-  multiply<T>(means, p.input_width, rows, p.input_width, static_cast<const T*>(p.packed) + p.value, p.width,
+static void make_updates(const SlotRows& p, const T* means, const T* mass, int64_t rows, T* updates, int64_t stride,
+                         uint32_t* words) {
+  multiply<T>(p, p.value, operand<T>(p, means, p.input_width, rows, p.input_width, words),
               static_cast<const T*>(p.layers.value_bias), updates, stride, false);
   for (int64_t j = 0; j < rows; ++j)
     if (mass[j] == T(0)) clear(updates + j * stride, p.width);

@@ -3,7 +3,21 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-static int64_t packed_size(Element element, int64_t outer, int64_t inner) {
+// With fewer rows, packing takes longer than multiplying.
+constexpr int64_t least_rows_on_tiles = 32;
+static bool tiles(Element element, int64_t rows) {
+#ifdef OBJSLOT_SLOT_TILES
+  return element == Element::float32 && rows >= least_rows_on_tiles && has_tiles();
+#else
+  return (void)element, (void)rows, false;
+#endif
+}
+
+static int64_t packed_size(Element element, int64_t outer, int64_t inner, bool tiles) {
+#ifdef OBJSLOT_SLOT_TILES
+  if (tiles) return dense_words(outer, inner);
+#endif
+  (void)tiles;
   return (element == Element::float64 ? padded<double>(outer) : padded<float>(outer)) * inner;
 }
 
@@ -47,7 +61,29 @@ static void run_pack(const PackedMatrix* list, int64_t count, void* packed, int 
   });
 }
 
-static void pack(Element element, const PackedMatrix* list, int64_t count, void* packed, int threads) {
+#ifdef OBJSLOT_SLOT_TILES
+static void pack_on_tiles(const PackedMatrix* list, int64_t count, uint32_t* packed, int threads) {
+  int64_t panels = 0;
+  for (int64_t k = 0; k < count; ++k) panels += even_blocks(list[k].outer);
+  parallel_for(panels, threads, [&](int64_t first, int64_t last, int) {
+    int64_t at = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const PackedMatrix& m = list[k];
+      for (int64_t panel = 0; panel < even_blocks(m.outer); ++panel, ++at)
+        if (at >= first && at < last)
+          pack_dense(static_cast<const float*>(m.data) + panel * block * m.outer_stride, m.outer_stride,
+                     m.inner_stride, m.outer - panel * block, m.inner,
+                     packed + m.place + panel * panel_words(m.inner));
+    }
+  });
+}
+#endif
+
+static void pack(Element element, const PackedMatrix* list, int64_t count, void* packed, bool tiles, int threads) {
+#ifdef OBJSLOT_SLOT_TILES
+  if (tiles) return pack_on_tiles(list, count, static_cast<uint32_t*>(packed), threads);
+#endif
+  (void)tiles;
   if (element == Element::float64)
     run_pack<double>(list, count, packed, threads);
   else
@@ -79,16 +115,26 @@ static void statistics(const SlotLoopProblem& p, double eps, void* mean, void* i
 template <class T>
 struct AdvanceScratch {
   T *normed, *updates, *hidden, *gates;
+  uint32_t *words, *slot_words;
 };
+
+// Outputs of the gates that are computed together.
+template <class T>
+OBJSLOT_INLINE int64_t gates_width(const SlotRows& p) {
+  return p.tiles ? 64 : panel_width<T>;
+}
 
 template <class T>
 static AdvanceScratch<T> advance_scratch(const SlotRows& p, int threads, Shelf& shelf) {
-  const int64_t rows = block_rows(p.rows, threads);
+  const int64_t rows = block_rows(p, threads);
   AdvanceScratch<T> s;
   s.normed = shelf.take<T>(rows * padded<T>(p.width));
   s.updates = shelf.take<T>(rows * padded<T>(p.width));
   s.hidden = shelf.take<T>(rows * padded<T>(p.hidden));
-  s.gates = shelf.take<T>(p.layers.input_gates ? 4 * rows * panel_width<T> : 0);
+  s.gates = shelf.take<T>(p.layers.input_gates ? 4 * rows * gates_width<T>(p) : 0);
+  const int64_t wider = p.width > p.input_width ? p.width : p.input_width;
+  s.words = shelf.take<uint32_t>(operand_size(p, rows, wider > p.hidden ? wider : p.hidden));
+  s.slot_words = shelf.take<uint32_t>(p.layers.input_gates ? operand_size(p, rows, p.width) : 0);
   return s;
 }
 
@@ -108,20 +154,21 @@ OBJSLOT_INLINE Vec<T> tangent(Vec<T> x) {
 // next = the GRU's answer to the updates, panel by panel of its units. `kept`: r, z, n, hidden part of n, or null.
 template <class T>
 static void advance_gru(const SlotRows& p, const AdvanceScratch<T>& s, int64_t rows, const T* slots, T* next, T* kept) {
-  const T* packed = static_cast<const T*>(p.packed);
   const T* input_bias = static_cast<const T*>(p.layers.input_gates_bias);
   const T* hidden_bias = static_cast<const T*>(p.layers.hidden_gates_bias);
-  const int64_t updates_stride = padded<T>(p.width), stride = panel_width<T>;
+  const int64_t stride = gates_width<T>(p);
+  const Operand<T> updates = operand<T>(p, s.updates, padded<T>(p.width), rows, p.width, s.words);
+  const Operand<T> before_them = operand<T>(p, slots, p.width, rows, p.width, s.slot_words);
   T* part[4];
   for (int g = 0; g < 4; ++g) part[g] = s.gates + g * rows * stride;
   for (int64_t c = 0; c < p.width; c += stride) {
     const int64_t columns = p.width - c < stride ? p.width - c : stride;
     for (int g = 0; g < 3; ++g)
-      multiply<T>(s.updates, updates_stride, rows, p.width, packed + p.input_gates[g] + c * p.width, columns,
-                  input_bias ? input_bias + g * p.width + c : nullptr, part[g], stride, false);
+      multiply<T>(p, p.input_gates[g], updates, input_bias ? input_bias + g * p.width + c : nullptr, part[g], stride,
+                  false, c, columns);
     for (int g = 0; g < 3; ++g)
-      multiply<T>(slots, p.width, rows, p.width, packed + p.hidden_gates[g] + c * p.width, columns,
-                  hidden_bias ? hidden_bias + g * p.width + c : nullptr, part[g == 2 ? 3 : g], stride, g < 2);
+      multiply<T>(p, p.hidden_gates[g], before_them, hidden_bias ? hidden_bias + g * p.width + c : nullptr,
+                  part[g == 2 ? 3 : g], stride, g < 2, c, columns);
     for (int64_t j = 0; j < rows; ++j)
       for (int64_t d = 0; d < columns; d += width<T>) {
         const int64_t at = j * stride + d, left = columns - d;
@@ -142,7 +189,6 @@ static void advance_gru(const SlotRows& p, const AdvanceScratch<T>& s, int64_t r
 // next += the MLP of its normalised rows
 template <class T>
 static void add_mlp(const SlotRows& p, const AdvanceScratch<T>& s, int64_t rows, T* next) {
-  const T* packed = static_cast<const T*>(p.packed);
   const T* norm = static_cast<const T*>(p.layers.norm_mlp);
   const T* norm_bias = static_cast<const T*>(p.layers.norm_mlp_bias);
   const int64_t stride = padded<T>(p.width), hidden_stride = padded<T>(p.hidden);
@@ -150,14 +196,14 @@ static void add_mlp(const SlotRows& p, const AdvanceScratch<T>& s, int64_t rows,
     const T* row = next + j * p.width;
     normalise<T>(row, p.width, moments<T>(row, p.width, T(p.mlp_eps)), norm, norm_bias, s.normed + j * stride);
   }
-  multiply<T>(s.normed, stride, rows, p.width, packed + p.mlp_in, p.hidden,
+  multiply<T>(p, p.mlp_in, operand<T>(p, s.normed, stride, rows, p.width, s.words),
               static_cast<const T*>(p.layers.mlp_in_bias), s.hidden, hidden_stride, false);
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t d = 0; d < p.hidden; d += width<T>) {
       T* at = s.hidden + j * hidden_stride + d;
       store(at, larger(Vec<T>{}, load(at)));
     }
-  multiply<T>(s.hidden, hidden_stride, rows, p.hidden, packed + p.mlp_out, p.width,
+  multiply<T>(p, p.mlp_out, operand<T>(p, s.hidden, hidden_stride, rows, p.hidden, s.words),
               static_cast<const T*>(p.layers.mlp_out_bias), next, p.width, true);
 }
 
@@ -166,7 +212,7 @@ static void run_advance(const SlotRows& p, const SlotLoopKept* kept, const void*
                         void* constant, void* workspace, int threads) {
   Shelf counter{nullptr};
   advance_scratch<T>(p, threads, counter);
-  for_blocks(p.rows, threads, [&](int64_t first, int64_t rows, int worker) {
+  for_blocks(p, threads, [&](int64_t first, int64_t rows, int worker) {
     const FlushSubnormals flush;
     Shelf shelf{static_cast<char*>(workspace) + worker * counter.used};
     const AdvanceScratch<T> s = advance_scratch<T>(p, threads, shelf);
@@ -175,7 +221,7 @@ static void run_advance(const SlotRows& p, const SlotLoopKept* kept, const void*
       T* to = static_cast<T*>(next) + first * p.width;
       const int64_t stride = padded<T>(p.width);
       make_updates<T>(p, static_cast<const T*>(kept->means) + first * p.input_width,
-                      static_cast<const T*>(kept->mass) + first, rows, s.updates, stride);
+                      static_cast<const T*>(kept->mass) + first, rows, s.updates, stride, s.words);
       if (p.layers.input_gates) {
         T* gates = static_cast<T*>(kept->gates);
         advance_gru<T>(p, s, rows, from, to, gates ? gates + first * 4 * p.width : nullptr);
@@ -188,7 +234,7 @@ static void run_advance(const SlotRows& p, const SlotLoopKept* kept, const void*
     }
     if (query)
       make_queries<T>(p, from, rows, s.normed, padded<T>(p.width), static_cast<T*>(query) + first * p.input_width,
-                      static_cast<T*>(constant) + first);
+                      static_cast<T*>(constant) + first, s.words);
   });
 }
 
@@ -211,4 +257,4 @@ static void advance(const SlotRows& p, const SlotLoopKept* kept, const void* slo
 
 }  // namespace objslot::OBJSLOT_ISA
 
-OBJSLOT_KERNELS(SlotRowsKernels, packed_size, pack, statistics, advance_workspace, advance)
+OBJSLOT_KERNELS(SlotRowsKernels, tiles, packed_size, pack, statistics, advance_workspace, advance)

@@ -8,15 +8,19 @@ template <class T>
 struct BackScratch {
   T *middle, *grad;
   Moments<T>* moments;
+  uint32_t* words;
 };
 
 template <class T>
 static BackScratch<T> back_scratch(const SlotRows& p, int threads, Shelf& shelf) {
-  const int64_t rows = block_rows(p.rows, threads);
+  const int64_t rows = block_rows(p, threads);
   BackScratch<T> s;
   s.middle = shelf.take<T>(rows * padded<T>(p.width));
   s.grad = shelf.take<T>(rows * padded<T>(p.width));
   s.moments = shelf.take<Moments<T>>(rows);
+  int64_t inner = p.hidden > p.input_width ? p.hidden : p.input_width;
+  if (inner < 3 * p.width) inner = 3 * p.width;
+  s.words = shelf.take<uint32_t>(operand_size(p, rows, inner));
   return s;
 }
 
@@ -100,7 +104,6 @@ static void back_through_gates(const SlotRows& p, const T* slots, const T* gates
 template <class T>
 static void means_block(const SlotRows& p, const SlotLoopBackward& b, const BackScratch<T>& s, int64_t first,
                         int64_t rows, T* grad_means, T* query, T* constant, void* const* norm_sums) {
-  const T* packed = static_cast<const T*>(p.packed);
   const int64_t stride = padded<T>(p.width), chunk = first / row_chunk * p.width;
   const auto given = [&](const void* base, int64_t columns) {
     return base ? static_cast<const T*>(base) + first * columns : nullptr;
@@ -118,24 +121,26 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
   T* grad_gates = wanted(b.grad_gates, 4 * p.width);
   T* grad_start = wanted(b.grad_start, p.width);
 
-  make_updates<T>(p, given(b.kept.means, p.input_width), mass, rows, updates, p.width);
+  make_updates<T>(p, given(b.kept.means, p.input_width), mass, rows, updates, p.width, s.words);
   make_middle<T>(p, slots, updates, gates, rows, s.middle, stride);
   for (int64_t j = 0; j < rows; ++j) {
     s.moments[j] = moments<T>(s.middle + j * stride, p.width, T(p.mlp_eps));
     normalise<T>(s.middle + j * stride, p.width, s.moments[j], static_cast<const T*>(p.layers.norm_mlp),
                  static_cast<const T*>(p.layers.norm_mlp_bias), normed + j * p.width);
   }
-  multiply<T>(normed, p.width, rows, p.width, packed + p.mlp_in, p.hidden,
-              static_cast<const T*>(p.layers.mlp_in_bias), hidden, p.hidden, false);
-  multiply<T>(grad_slots, p.width, rows, p.width, packed + p.mlp_out_back, p.hidden, nullptr, grad_hidden, p.hidden,
-              false);
+  const auto factor = [&](const T* data, int64_t columns, int64_t inner) {
+    return operand<T>(p, data, columns, rows, inner, s.words);
+  };
+  multiply<T>(p, p.mlp_in, factor(normed, p.width, p.width), static_cast<const T*>(p.layers.mlp_in_bias), hidden,
+              p.hidden, false);
+  multiply<T>(p, p.mlp_out_back, factor(grad_slots, p.width, p.width), nullptr, grad_hidden, p.hidden, false);
   for (int64_t at = 0; at < rows * p.hidden; at += width<T>) {
     const int64_t left = rows * p.hidden - at;
     const Vec<T> value = load_upto(hidden + at, left), slope = load_upto(grad_hidden + at, left);
     store_upto(grad_hidden + at, value <= T(0) ? Vec<T>{} : slope, left);
     store_upto(hidden + at, larger(Vec<T>{}, value), left);
   }
-  multiply<T>(grad_hidden, p.hidden, rows, p.hidden, packed + p.mlp_in_back, p.width, nullptr, s.grad, stride, false);
+  multiply<T>(p, p.mlp_in_back, factor(grad_hidden, p.hidden, p.hidden), nullptr, s.grad, stride, false);
   back_through_norm<T>(s.middle, stride, s.moments, static_cast<const T*>(p.layers.norm_mlp), rows, p.width, s.grad,
                        stride, static_cast<T*>(norm_sums[0]) + chunk, static_cast<T*>(norm_sums[1]) + chunk);
   for (int64_t j = 0; j < rows; ++j)
@@ -146,12 +151,10 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
   if (gates) {
     const int64_t all = 4 * p.width;
     back_through_gates<T>(p, slots, gates, s.grad, stride, rows, grad_gates, grad_start);
-    multiply<T>(grad_gates, all, rows, 3 * p.width, packed + p.input_gates_back, p.width, nullptr, grad_updates,
-                p.width, false);
-    multiply<T>(grad_gates, all, rows, 2 * p.width, packed + p.hidden_gates_back[0], p.width, nullptr, grad_start,
+    multiply<T>(p, p.input_gates_back, factor(grad_gates, all, 3 * p.width), nullptr, grad_updates, p.width, false);
+    multiply<T>(p, p.hidden_gates_back[0], factor(grad_gates, all, 2 * p.width), nullptr, grad_start, p.width, true);
+    multiply<T>(p, p.hidden_gates_back[1], factor(grad_gates + 3 * p.width, all, p.width), nullptr, grad_start,
                 p.width, true);
-    multiply<T>(grad_gates + 3 * p.width, all, rows, p.width, packed + p.hidden_gates_back[1], p.width, nullptr,
-                grad_start, p.width, true);
   } else {
     for (int64_t j = 0; j < rows; ++j) {
       __builtin_memcpy(grad_updates + j * p.width, s.grad + j * stride, static_cast<size_t>(p.width) * sizeof(T));
@@ -160,9 +163,8 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
   }
   for (int64_t j = 0; j < rows; ++j)
     if (mass[j] == T(0)) clear(grad_updates + j * p.width, p.width);
-  multiply<T>(grad_updates, p.width, rows, p.width, packed + p.value_back, p.input_width, nullptr, grad_means,
-              p.input_width, false);
-  make_queries<T>(p, slots, rows, wanted(b.normed_slots, p.width), p.width, query, constant);
+  multiply<T>(p, p.value_back, factor(grad_updates, p.width, p.width), nullptr, grad_means, p.input_width, false);
+  make_queries<T>(p, slots, rows, wanted(b.normed_slots, p.width), p.width, query, constant, s.words);
 }
 
 template <class T>
@@ -170,7 +172,7 @@ static void run_to_means(const SlotRows& p, const SlotLoopBackward& b, void* gra
                          void* const* norm_sums, void* workspace, int threads) {
   Shelf counter{nullptr};
   back_scratch<T>(p, threads, counter);
-  for_blocks(p.rows, threads, [&](int64_t first, int64_t rows, int worker) {
+  for_blocks(p, threads, [&](int64_t first, int64_t rows, int worker) {
     const FlushSubnormals flush;
     Shelf shelf{static_cast<char*>(workspace) + worker * counter.used};
     const BackScratch<T> s = back_scratch<T>(p, threads, shelf);
@@ -186,15 +188,16 @@ static void run_to_start(const SlotRows& p, const SlotLoopBackward& b, void* con
   back_scratch<T>(p, threads, counter);
   const T* last = static_cast<const T*>(p.layers.query) + p.input_width * p.width;
   const int64_t stride = padded<T>(p.width);
-  for_blocks(p.rows, threads, [&](int64_t first, int64_t rows, int worker) {
+  for_blocks(p, threads, [&](int64_t first, int64_t rows, int worker) {
     const FlushSubnormals flush;
     Shelf shelf{static_cast<char*>(workspace) + worker * counter.used};
     const BackScratch<T> s = back_scratch<T>(p, threads, shelf);
     const T* slots = static_cast<const T*>(b.kept.slots) + first * p.width;
     T* constant = static_cast<T*>(b.grad_constant) + first;
     T* grad_start = static_cast<T*>(b.grad_start) + first * p.width;
-    multiply<T>(static_cast<const T*>(b.grad_query) + first * p.input_width, p.input_width, rows, p.input_width,
-                static_cast<const T*>(p.packed) + p.query_back, p.width, nullptr, s.grad, stride, false);
+    const Operand<T> grad_query = operand<T>(p, static_cast<const T*>(b.grad_query) + first * p.input_width,
+                                             p.input_width, rows, p.input_width, s.words);
+    multiply<T>(p, p.query_back, grad_query, nullptr, s.grad, stride, false);
     for (int64_t j = 0; j < rows; ++j) {
       s.moments[j] = moments<T>(slots + j * p.width, p.width, T(p.slots_eps));
       constant[j] *= T(p.scale);

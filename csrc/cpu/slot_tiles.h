@@ -491,7 +491,7 @@ OBJSLOT_INLINE auto with_precision(Element element, const Body& body) {
 // ---- what the products can be trusted with ----
 
 // Whether the largest entry of every row is zero or of a size that tiles keep; false for NaN.
-static bool sound_rows(const float* rows, int64_t count, int64_t stride, int64_t columns) {
+OBJSLOT_INLINE bool sound_rows(const float* rows, int64_t count, int64_t stride, int64_t columns) {
   const __m512 most = _mm512_set1_ps(most_entry);
   for (int64_t i = 0; i < count; ++i) {
     __m512 top = _mm512_setzero_ps();
@@ -511,7 +511,7 @@ static bool sound_rows(const float* rows, int64_t count, int64_t stride, int64_t
 
 // products (count, lanes) = products * factor + constant. Returns whether all of them were finite and small enough,
 // and the largest, where `least` says so, large enough.
-static bool finish_products(float* products, int64_t count, int64_t lanes, float factor, const float* constant,
+OBJSLOT_INLINE bool finish_products(float* products, int64_t count, int64_t lanes, float factor, const float* constant,
                             bool least) {
   const __m512 scale = _mm512_set1_ps(factor), most = _mm512_set1_ps(most_entry * most_entry);
   __m512 top = _mm512_setzero_ps();

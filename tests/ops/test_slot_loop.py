@@ -229,3 +229,21 @@ def test_backends_and_bad_arguments():
             slot_loop(*arguments, mask, layers, **{**settings, **options})
     with pytest.raises(ValueError, match="layers.value: expected shape"):
         slot_loop(x, initial, mask, layers._replace(value=layers.query), **settings)
+
+
+@pytest.mark.parametrize("factor", [1e-31, 1e-22, 1e22, 1e31])
+def test_layers_of_huge_and_tiny_weights(factor):
+    """A matrix whose entries no bfloat16 tile holds, undone by the next one, and one output unlike the others."""
+    x, mask, initial, *layers = problem((2, 2, 16, 40, 48, 40, 64))
+    layers[12], layers[13], layers[14] = layers[12] * factor, layers[13] * factor, layers[14] / factor
+    layers[2][5] *= min(factor, 1 / factor)
+    check_budget(call(iterations=1), lambda *y: plain(*y, iterations=1), (x, mask, initial, *layers), torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_odd_slots_stay_in_their_element(value):
+    x, mask, initial, *layers = (None if y is None else y.float() for y in problem((4, 1, 16, 40, 48, 40, 64)))
+    wanted = evaluate(call(), (x, mask, initial, *layers))[:4]
+    initial[1, 0, 3, 7] = value
+    for mine, theirs in zip(evaluate(call(), (x, mask, initial, *layers))[:4], wanted, strict=True):
+        assert torch.equal(mine[[0, 2, 3]], theirs[[0, 2, 3]])

@@ -89,14 +89,17 @@ struct SlotRows {
   double scale, slots_eps, mlp_eps;
   SlotLayers layers;
   const void* packed;
-  // Places in `packed`; the last six for the backward pass alone.
-  int64_t query, value, input_gates[3], hidden_gates[3], mlp_in, mlp_out;
-  int64_t query_back, value_back, input_gates_back, hidden_gates_back[2], mlp_in_back, mlp_out_back;
+  bool tiles;  // whether the matrices are packed for tiles
+  // The last six for the backward pass alone.
+  PackedMatrix query, value, input_gates[3], hidden_gates[3], mlp_in, mlp_out;
+  PackedMatrix query_back, value_back, input_gates_back, hidden_gates_back[2], mlp_in_back, mlp_out_back;
 };
 
 struct SlotRowsKernels {
-  int64_t (*packed_size)(Element, int64_t outer, int64_t inner);
-  void (*pack)(Element, const PackedMatrix*, int64_t count, void* packed, int threads);
+  // Whether so many rows are multiplied on tiles.
+  bool (*tiles)(Element, int64_t rows);
+  int64_t (*packed_size)(Element, int64_t outer, int64_t inner, bool tiles);
+  void (*pack)(Element, const PackedMatrix*, int64_t count, void* packed, bool tiles, int threads);
   // Mean and inverse deviation of the rows of x.
   void (*statistics)(const SlotLoopProblem&, double eps, void* mean, void* inverse, int threads);
   int64_t (*workspace)(const SlotRows&, int threads);
