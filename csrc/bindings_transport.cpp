@@ -1,7 +1,7 @@
 // Sinkhorn transport between pairs of frames, and the memory of large results.
 #include "bindings.h"
+#include "objslot/alignment.h"
 #include "objslot/transport.h"
-#include "objslot/transport_pairs.h"
 #include "objslot/workspace.h"
 
 namespace py = pybind11;
@@ -46,6 +46,7 @@ TransportProblem transport_problem(std::array<Address, 3> tensors, std::array<in
   const auto mass = [&](int k) { return elements(mass_names[k], masses[k], arithmetic, false); };
   const bool some = batch > 0;
   return {element(type),
+          element(type),
           tensor(0, some), strides[0],
           tensor(1, some), strides[1],
           tensor(2, some && channels > 0), strides[2],
@@ -97,52 +98,34 @@ void bind_transport(py::module_& module) {
       }))
       .def_buffer(&ResultMemory::info);
   module.def("release_results", &release_results, "Hands the kept memory of large results back to the system.");
-  module.def("multiplies_tokens", &multiplies_tokens, "Whether transport_pairs can do without scores.");
+  module.def("multiplies_on_tiles", &multiplies_on_tiles, "Whether products of transport use AMX tiles.");
   module.def(
-      "transport_pairs",
-      [](bool wide, Address scores, Address tokens, std::array<int64_t, 2> layout, double shortest, Address values,
-         Address masses, Address firsts, Address seconds, std::array<int64_t, 3> sizes, double eps, int64_t n_iters,
-         Address forth, Address back, Address lost, int threads) {
-        const auto [pairs, n, channels] = sizes;
-        const auto [frames, features] = layout;
-        if (pairs < 0 || n < 1 || channels < 1 || n_iters < 1 || frames < 1 || features < 1)
-          throw std::invalid_argument("transport_pairs: sizes out of range");
-        if (scores == 0 && (wide || tokens == 0 || !multiplies_tokens()))
-          throw std::invalid_argument("transport_pairs: expected scores");
-        const int64_t bytes = wide ? 8 : 4;
-        check_dense("scores", scores, bytes, {pairs, n, n});
-        check_dense("tokens", tokens, bytes, {frames, n, features});
-        check_dense("values", values, bytes, {frames, n, channels});
-        check_dense("masses", masses, bytes, {frames, n});
-        check_dense("forth", forth, bytes, {pairs, n, channels});
-        check_dense("back", back, bytes, {pairs, n, channels});
-        check_dense("firsts", firsts, 8, {pairs});
-        check_dense("seconds", seconds, 8, {pairs});
-        check_dense("lost", lost, 1, {pairs});
-        const bool some = pairs > 0;
-        const int64_t* rows = pointer<const int64_t>("firsts", firsts, some);
-        const int64_t* columns = pointer<const int64_t>("seconds", seconds, some);
-        for (int64_t pair = 0; pair < pairs; ++pair)
-          if (rows[pair] < 0 || rows[pair] >= frames || columns[pair] < 0 || columns[pair] >= frames)
-            throw std::invalid_argument("transport_pairs: a frame out of range");
-        const PairsProblem problem{wide,
-                                   elements("scores", scores, bytes, false),
-                                   pointer<const float>("tokens", tokens, false),
-                                   frames,
-                                   features,
-                                   shortest,
-                                   elements("values", values, bytes, some),
-                                   elements("masses", masses, bytes, false),
-                                   rows,
-                                   columns,
-                                   pairs,
-                                   n,
-                                   channels,
-                                   eps,
-                                   n_iters};
-        const PairsResult result{elements("forth", forth, bytes, some), elements("back", back, bytes, some),
-                                 pointer<unsigned char>("lost", lost, some)};
-        transport_pairs(problem, result, checked_threads(threads));
+      "align_frames",
+      [](Address tokens, int type, Address values, Address masses, std::array<int64_t, 5> sizes, bool cosine,
+         double shortest, double eps, int64_t n_iters, Address out, int threads) {
+        const auto [clips, frames, n, features, channels] = sizes;
+        if (clips < 0 || frames < 1 || n < 1 || features < 1 || channels < 0 || n_iters < 1)
+          throw std::invalid_argument("align_frames: sizes out of range");
+        const int64_t bytes = bytes_of(element(type)), arithmetic = arithmetic_bytes_of(element(type));
+        check_dense("tokens", tokens, bytes, {clips, frames, n, features});
+        check_dense("values", values, arithmetic, {clips, frames, n, channels});
+        check_dense("masses", masses, arithmetic, {clips, frames, n});
+        check_dense("out", out, arithmetic, {clips, frames, n, channels});
+        const bool some = clips > 0, moved = some && channels > 0;
+        const AlignmentProblem problem{element(type),
+                                       elements("tokens", tokens, bytes, some),
+                                       elements("values", values, arithmetic, moved),
+                                       elements("masses", masses, arithmetic, false),
+                                       clips,
+                                       frames,
+                                       n,
+                                       features,
+                                       channels,
+                                       cosine,
+                                       shortest,
+                                       eps,
+                                       n_iters};
+        align_frames(problem, elements("out", out, arithmetic, moved), checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
 }

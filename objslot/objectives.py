@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.ops import assign
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.transport import alignment
 
 # The least mass, on a scale of 0 to 1, that a position keeps before a frame's masses are made to sum to one.
@@ -75,8 +76,9 @@ def semantic_alignment_loss(
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     with torch.no_grad():
         # The student's side is the same for every j, so the targets of a frame add up before the product.
+        # Half keys are multiplied as they are: that is as exact, and takes a sixth of the products.
         target = alignment(
-            teacher_keys.to(dtype),
+            teacher_keys if compute_dtype(teacher_keys.dtype) == dtype else teacher_keys.to(dtype),
             teacher_masks.to(dtype).transpose(-1, -2),
             None if mass is None else mass.to(dtype),
             eps=eps,

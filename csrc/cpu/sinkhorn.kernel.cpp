@@ -72,18 +72,16 @@ struct Pending {
 };
 
 // sums += x' kernel for `count` rows.
-template <class T, class Aside>
-OBJSLOT_INLINE void add_block(const T* kernel, int64_t columns, const T* x, int64_t count, T* sums,
-                              const Aside& aside) {
-  if (count == sweep_rows) return add_rows<T, sweep_rows>(kernel, columns, x, columns, sums, aside);
+template <class T>
+OBJSLOT_INLINE void add_block(const T* kernel, int64_t columns, const T* x, int64_t count, T* sums) {
+  if (count == sweep_rows) return add_rows<T, sweep_rows>(kernel, columns, x, columns, sums);
   for (int64_t r = 0; r < count; ++r) add_rows<T, 1>(kernel + r * columns, columns, x + r, columns, sums);
 }
 
 // First iteration, rows: makes the kernel, x and the column sums of one chunk.
 template <class T>
 OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T* rows,
-                                Pending<T>& pending, Prefetch& ahead) {
-  const auto fetch = [&]() __attribute__((always_inline)) { ahead.advance(); };
+                                Pending<T>& pending) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   const T limit = T(matrix.m) * range_limit<T>;
@@ -101,16 +99,16 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
       T* target = kernel + r * columns;
       T total;
       if (matrix.start) {
-        total = exponentiate_row<T, true>(row, matrix.scale, shift, matrix.m, s.y, target, fetch);
+        total = exponentiate_row<T, true>(row, matrix.scale, shift, matrix.m, s.y, target);
         lost |= !(total > limit) && mass != T(0);
       } else {
-        total = exponentiate_row<T, false>(row, matrix.scale, shift, matrix.m, nullptr, target, fetch);
+        total = exponentiate_row<T, false>(row, matrix.scale, shift, matrix.m, nullptr, target);
         lost |= !(total >= T(0.5));
       }
       s.x[i + r] = mass == T(0) ? T(0) : mass / total;
       pending.advance();
     }
-    add_block(kernel, columns, s.x + i, count, sums, Nothing{});
+    add_block(kernel, columns, s.x + i, count, sums);
   }
   s.lost[chunk] = lost;
 }
@@ -119,7 +117,6 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
 template <class T>
 OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, T* rows,
                                Prefetch& ahead) {
-  const auto fetch = [&]() __attribute__((always_inline)) { ahead.advance(); };
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   T* sums = s.sums + chunk * columns;
@@ -136,7 +133,7 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
             exponentiate_row<T, true>(matrix.row(i + r, rows + sweep_rows * columns), matrix.scale,
                                       s.offset[i + r], matrix.m, s.y, rows + r * columns);
     else if (count == sweep_rows)
-      dot_rows<T, sweep_rows>(kernel, columns, s.y, columns, totals, fetch);
+      dot_rows<T, sweep_rows>(kernel, columns, s.y, columns, totals);
     else
       for (int64_t r = 0; r < count; ++r)
         dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
@@ -147,7 +144,8 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
       gap += missing < T(0) ? -missing : missing;
       s.next_x[i + r] = mass == T(0) ? T(0) : mass / totals[r];
     }
-    add_block(kernel, columns, s.next_x + i, count, sums, fetch);
+    add_block(kernel, columns, s.next_x + i, count, sums);
+    ahead.advance();
   }
   s.lost[chunk] = lost;
   s.gaps[chunk] = gap;
@@ -222,10 +220,9 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
   T* rows = s.rows + team.worker * (sweep_rows + 1) * matrix.columns;
-  if (!ahead.next) ahead.idle(rows);
   if (matrix.start) alone(team, [&] { first_scaling(matrix, s.y); });
   for_chunks(matrix, team, [&](int64_t chunk) __attribute__((always_inline)) {
-    first_chunk(matrix, s, chunk, rows, pending, ahead);
+    first_chunk(matrix, s, chunk, rows, pending);
   });
   pending.finish();
   if (!set_columns(matrix, s, s.x, team)) return false;
@@ -362,7 +359,7 @@ static Prefetch fetch_next(const SinkhornProblem& p, int64_t index) {
       p.element == Element::bfloat16)
     return ahead;
   return Prefetch::of(static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * size,
-                      ((p.n - 1) * p.row_stride + p.m) * size);
+                      ((p.n - 1) * p.row_stride + p.m) * size, p.n_iters - 1, (p.n + sweep_rows - 1) / sweep_rows);
 }
 
 template <class T>

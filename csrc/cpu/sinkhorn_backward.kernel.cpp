@@ -64,14 +64,12 @@ OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int6
 }
 
 template <class T>
-OBJSLOT_INLINE void multiply_weights(const Gradients<T>& g, const Rows<T>& plan, int64_t i, int64_t rows,
-                                     const T* weights, T* products) {
-  const auto fetch = [&]() __attribute__((always_inline)) { g.advance(); };
-  const int64_t m = g.matrix.m;
+OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights,
+                                     int64_t m, T* products) {
   if (rows == sweep_rows)
-    dot_rows<T, sweep_rows>(plan.at(i), plan.stride, weights, m, products, fetch);
+    dot_rows<T, sweep_rows>(plan.at(i), plan.stride, weights, m, products);
   else if (rows == block)
-    dot_rows<T, block>(plan.at(i), plan.stride, weights, m, products, fetch);
+    dot_rows<T, block>(plan.at(i), plan.stride, weights, m, products);
   else
     for (int64_t r = 0; r < rows; ++r) dot_rows<T, 1>(plan.at(i + r), plan.stride, weights, m, products + r);
 }
@@ -162,7 +160,7 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
     for (int64_t i = chunk * chunk_rows; i < end; i += block) {
       const int64_t rows = end - i < block ? end - i : block;
       T products[block], factors[block];
-      multiply_weights(g, plan, i, rows, w.right, products);
+      multiply_weights(plan, i, rows, w.right, m, products);
       undo_rows(g, w, 0, i, rows, products, factors);
       const T *plan_rows[block], *gradient_rows[block];
       T* out[block];
@@ -182,6 +180,7 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
         for (int64_t r = 0; r < rows; ++r)
           correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix,
                                     inverse_eps, out + r);
+      g.advance();
       for (int64_t r = 0; r < rows && !direct; ++r) {
         const int64_t offset = (g.index * matrix.n + i + r) * m;
         if (holes)
@@ -213,7 +212,6 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
   for (int64_t c = 0; c < matrix.chunks(); ++c) gaps |= w.gaps[c];
   if (gaps && moved > most_moved_with_gaps<T>) return false;
   alone(team, [&] { prepare(g, w, g.count - 1); });
-  const auto fetch = [&]() __attribute__((always_inline)) { g.advance(); };
   bool backwards = false;
   for (int64_t t = g.count - 1; t > 0; --t) {
     const T* q = w.right + 2 * t * columns;
@@ -225,13 +223,14 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
       for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
         const int64_t rows = end - i < sweep_rows ? end - i : sweep_rows;
         T products[sweep_rows], factors[sweep_rows];
-        multiply_weights(g, plan, i, rows, q, products);
+        multiply_weights(plan, i, rows, q, m, products);
         undo_rows(g, w, t, i, rows, products, factors);
         if (rows == sweep_rows)
-          add_rows<T, sweep_rows>(plan.at(i), plan.stride, factors, m, sums, fetch);
+          add_rows<T, sweep_rows>(plan.at(i), plan.stride, factors, m, sums);
         else
           for (int64_t r = 0; r < rows; ++r)
             add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
+        g.advance();
       }
     });
     alone(team, [&] {
@@ -255,11 +254,10 @@ static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t 
   const int64_t size = sizeof(T), bytes = p.n * p.m * size;
   const bool half = size == 4 && p.element != Element::float32;
   if (more && !half && bytes <= prefetch_bytes && out.plan && out.grad_plan && out.grad_row_stride == p.m) {
-    ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes);
-    ahead[1] =
-        Prefetch::of(static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes);
-  } else {
-    for (Prefetch& none : ahead) none.idle(w.zeros);
+    const int64_t blocks = (p.n + sweep_rows - 1) / sweep_rows;
+    ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes, count, blocks);
+    ahead[1] = Prefetch::of(
+        static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes, count, blocks);
   }
   const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0, ahead};
   alone(team, [&] {

@@ -107,34 +107,29 @@ OBJSLOT_INLINE int64_t end_of_chunk(const Matrix<T>& matrix, int64_t chunk) {
   return end < matrix.n ? end : matrix.n;
 }
 
-// What a sweep does on the side, with every vector or two: nothing.
-struct Nothing {
-  OBJSLOT_INLINE_MEMBER void operator()() const {}
-};
-
-// Fetches the next matrix into the second-level cache, a line with every step of the sweeps over this one: there
-// are few lines that a core can wait for at a time, and a sweep would stop for a row of them.
+// Fetches the next matrix into the cache, a little with every block of rows, while this one is worked on.
 struct Prefetch {
   const char* next = nullptr;
-  const char* last = nullptr;
-  static OBJSLOT_INLINE_MEMBER Prefetch of(const char* data, int64_t bytes) { return {data, data + bytes - 1}; }
-  // From here on something must be there to fetch, if only for nothing.
-  OBJSLOT_INLINE_MEMBER void idle(const void* there) { next = last = static_cast<const char*>(there); }
+  const char* end = nullptr;
+  int64_t step = 0;
+  // Spread over `sweeps` sweeps of so many blocks, but not so thin that the first rows are evicted again.
+  static OBJSLOT_INLINE_MEMBER Prefetch of(const char* data, int64_t bytes, int64_t sweeps, int64_t blocks) {
+    sweeps = sweeps < 1 ? 1 : sweeps < 3 ? sweeps : 3;
+    return {data, data + bytes, (bytes / (sweeps * blocks) + 63) / 64 * 64};
+  }
   OBJSLOT_INLINE_MEMBER void advance() {
-    __builtin_prefetch(next, 0, 2);
-    next += next + 64 <= last ? 64 : 0;
+    for (const char* stop = next + step; next < stop && next < end; next += 64)
+      __builtin_prefetch(next, 0, 2);
   }
 };
 
 // sums[r] = sum over j of rows[r][j] * weights[j]; the weights are padded with zeros.
-template <class T, int R, class Aside = Nothing>
-OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, int64_t m, T* sums,
-                             const Aside& aside = {}) {
+template <class T, int R>
+OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, int64_t m, T* sums) {
   Vec<T> total[R] = {};
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>) {
     const Vec<T> weight = load(weights + j);
-    aside();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) total[r] = fused(weight, load(rows + r * stride + j), total[r]);
   }
@@ -149,16 +144,14 @@ OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, in
 }
 
 // sums[j] += sum over r of factors[r] * rows[r][j]; sums is padded.
-template <class T, int R, class Aside = Nothing>
-OBJSLOT_INLINE void add_rows(const T* rows, int64_t stride, const T* factors, int64_t m, T* sums,
-                             const Aside& aside = {}) {
+template <class T, int R>
+OBJSLOT_INLINE void add_rows(const T* rows, int64_t stride, const T* factors, int64_t m, T* sums) {
   Vec<T> factor[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) factor[r] = broadcast(factors[r]);
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>) {
     Vec<T> even = load(sums + j), odd{};
-    aside();
 #pragma GCC unroll 8
     for (int r = 0; r < R; r += 2) {
       even = fused(factor[r], load(rows + r * stride + j), even);

@@ -6,9 +6,8 @@
 namespace objslot::OBJSLOT_ISA {
 
 // 2^(row * scale + shift) into padded memory; the sum over the row, weighted by y where there is one.
-template <class T, bool Weighted, class Aside = Nothing>
-OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, T shift, int64_t m, const T* y, T* kernel,
-                                  const Aside& aside = {}) {
+template <class T, bool Weighted>
+OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, T shift, int64_t m, const T* y, T* kernel) {
   const Vec<T> scales = broadcast(scale), shifts = broadcast(shift);
   constexpr int W = width<T>;
   Vec<T> even{}, odd{};
@@ -16,7 +15,6 @@ OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, T shift, int64_t m, con
   for (; j + 2 * W <= m; j += 2 * W) {
     const Vec<T> first = exp2<T>(fused(load(row + j), scales, shifts));
     const Vec<T> second = exp2<T>(fused(load(row + j + W), scales, shifts));
-    aside();
     store(kernel + j, first);
     store(kernel + j + W, second);
     even = Weighted ? fused(first, load(y + j), even) : even + first;

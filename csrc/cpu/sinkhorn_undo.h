@@ -157,15 +157,14 @@ OBJSLOT_INLINE void scaled_row(const T* row, T scale, T offset, T x, const T* y,
 }
 
 // grad_f and the column sums of plan * grad_plan for R rows; the smallest entry of the plan into `low`.
-template <class T, int R, class Aside>
+template <class T, int R>
 OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient, const T* holes, int64_t m,
-                                  T* grad_f, T* sums, Vec<T>& low, const Aside& aside) {
+                                  T* grad_f, T* sums, Vec<T>& low) {
   Vec<T> total[R] = {};
   for (int64_t j = 0; j < m; j += width<T>) {
     const int64_t left = m - j;
     const Vec<T> hole = load(holes + j);
     Vec<T> sum = load(sums + j);
-    aside();
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<T> entry = load_upto(plan[r] + j, left);
@@ -194,7 +193,6 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
         w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
     });
   const int worker = team.worker;
-  const auto fetch = [&]() __attribute__((always_inline)) { g.advance(); };
   for_chunks(matrix, team, [&](int64_t chunk) {
     T* sums = w.sums + chunk * columns;
     fill(sums, columns, T(0));
@@ -223,11 +221,10 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
       }
       Vec<T> seen = low;
       if (rows == block)
-        multiply_rows<T, block>(plan_rows, gradient_rows, w.holes, m, w.grad_f + i, sums, seen, fetch);
+        multiply_rows<T, block>(plan_rows, gradient_rows, w.holes, m, w.grad_f + i, sums, seen);
       else
         for (int64_t r = 0; r < rows; ++r)
-          multiply_rows<T, 1>(plan_rows + r, gradient_rows + r, w.holes, m, w.grad_f + i + r, sums, seen,
-                              Nothing{});
+          multiply_rows<T, 1>(plan_rows + r, gradient_rows + r, w.holes, m, w.grad_f + i + r, sums, seen);
       // A block with a masked row tells nothing about gaps; its other rows are checked one by one.
       if (!masked) {
         low = seen;

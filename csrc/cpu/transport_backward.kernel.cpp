@@ -1,6 +1,6 @@
 // Sinkhorn transport backward: scores, iteration and plan are made again, the gradient of the plan becomes that of
 // the scores in place, and two products with the tokens follow.
-#include "transport_stages.h"
+#include "transport_move.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -30,7 +30,7 @@ static void grad_values(const TransportProblem& p, const Stage<T>& s, void* out,
   T* moved = s.rows + team.worker * s.rows_size;
   for_groups(p.m, plan_rows, team, [&](int64_t first, int64_t count) {
     multiply<T>({s.plan + first, 1, p.m}, count, s.grad, lanes, p.n, moved, lanes, lanes);
-    for (int64_t r = 0; r < count; ++r) write_element_row(p, out, first + r, p.channels, moved + r * lanes);
+    for (int64_t r = 0; r < count; ++r) write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
   });
 }
 
@@ -52,7 +52,7 @@ OBJSLOT_INLINE void through_unit(const TransportProblem& p, const Tokens<T>& sid
     for (; k < d; k += width<T>) even = fused(load_upto(g + k, d - k), load_upto(row + k, d - k), even);
     share = broadcast(-sum_lanes<T>(even + odd) * factor * factor);
   }
-  const bool direct = !half_type<T>(p);
+  const bool direct = !(sizeof(T) == 4 && p.element != Element::float32);
   T* target = direct ? static_cast<T*>(out) + i * d : g;
   const Vec<T> all = broadcast(inverse_length * scale);
   if (direct && streamed && reinterpret_cast<uintptr_t>(target) % OBJSLOT_VECTOR_BYTES == 0) {
@@ -64,7 +64,7 @@ OBJSLOT_INLINE void through_unit(const TransportProblem& p, const Tokens<T>& sid
   if (whole < d)
     store_first(target + whole, all * fused(share, load_first(row + whole, d - whole), load_first(g + whole, d - whole)),
                 d - whole);
-  if (!direct) write_element_row(p, out, i, d, g);
+  if (!direct) write_element_row(p.element, out, i, d, g);
 }
 
 // What a gradient of tokens comes from: slope times the other tokens, or the transposed slope.
@@ -150,7 +150,7 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
   uint16_t* left = s.left + team.worker * s.left_size;
   float* panel = s.panel + team.worker * s.panel_size;
   float* buffer = s.rows + team.worker * s.rows_size;
-  for_groups(own.count, group_rows(other.count), team, [&](int64_t first, int64_t rows) {
+  for_groups(own.count, group_rows(other.count, p.features), team, [&](int64_t first, int64_t rows) {
     const int64_t whole = whole_tiles(rows);
     for (int64_t block = 0; block < whole / tile_rows; ++block)
       if (towards.transposed)
@@ -159,7 +159,7 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
         lay_rows<Element::float32, L>(slope, first, block, left);
     multiply_tiles<L, R>(left, s.right, whole, features, depth, panel, features);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* row = element_row(p, own.base, first + r, p.features, buffer);
+      const float* row = token_row(p, own, first + r, buffer);
       through_unit(p, own, first + r, row, own.factor[first + r], inverse[first + r], panel + r * features,
                    towards.out, streamed);
     }
@@ -186,23 +186,23 @@ static void grad_tokens(const TransportProblem& p, const Stage<T>& s, const Towa
 template <class T, class Run>
 static void move_back(const TransportProblem& p, const TransportGradient& result, const SinkhornTables& sinkhorn,
                       int64_t index, Stage<T> s, bool tiles, int threads, const Run& run) {
-  const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
-  const auto part = [&](void* base, int64_t rows, int64_t width_of_rows) {
-    return static_cast<char*>(base) + index * rows * width_of_rows * size;
+  const int64_t token = size_of(p.element), value = size_of(p.value_element);
+  const auto part = [&](void* base, int64_t entries, int64_t size) {
+    return static_cast<char*>(base) + index * entries * size;
   };
   const auto marginal = [&](void* base, int64_t count) {
     return base ? static_cast<T*>(base) + index * count : nullptr;
   };
   point_at(p, index, s);
-  tiles = make_scores(p, s, tiles, run);
+  tiles = make_scores(p, s, tiles, false, run);
   const SinkhornProblem scores = scores_problem<T>(p, index, s.scores, s.stride);
   const SinkhornHistory history = history_of(s);
   sinkhorn.forward.forward(scores, {nullptr, nullptr, nullptr, nullptr, history}, s.sinkhorn, threads);
   run([&](const Team& team) {
     T* buffer = s.rows + team.worker * s.rows_size;
     const int64_t lanes = padded<T>(p.channels);
-    const char* grad = static_cast<const char*>(result.grad) + index * p.n * p.channels * size;
-    const char* values = static_cast<const char*>(p.values) + index * p.values_stride * size;
+    const char* grad = static_cast<const char*>(result.grad) + index * p.n * p.channels * value;
+    const char* values = static_cast<const char*>(p.values) + index * p.values_stride * value;
     read_channels(p, values, p.m, s.values, buffer, team);
     read_channels(p, grad, p.n, s.grad, buffer, team);
     team.wait();
@@ -211,7 +211,7 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
     team.wait();
     make_plan(p, s, team);
     team.wait();
-    grad_values(p, s, part(result.values, p.m, p.channels), team);
+    grad_values(p, s, part(result.values, p.m * p.channels, value), team);
   });
   // The gradient of the scores takes the place of that of the plan.
   sinkhorn.backward.run(scores,
@@ -226,10 +226,10 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
         team.wait();
       }
 #endif
-    grad_tokens(p, s, {s.x, s.y, false, part(result.x, p.n, p.features)}, tiles, team);
+    grad_tokens(p, s, {s.x, s.y, false, part(result.x, p.n * p.features, token)}, tiles, team);
     // The next right factor takes the place of this one.
     team.wait();
-    grad_tokens(p, s, {s.y, s.x, true, part(result.y, p.m, p.features)}, tiles, team);
+    grad_tokens(p, s, {s.y, s.x, true, part(result.y, p.m * p.features, token)}, tiles, team);
   });
 }
 

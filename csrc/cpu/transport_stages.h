@@ -1,5 +1,4 @@
-// One element of the batch in stages that a team shares: scores of the tokens, rows of the plan, and products of the
-// gradient of the scores with the tokens.
+// What one element of the batch is worked on in, and its first stage: the scores of the tokens.
 #pragma once
 
 #include <type_traits>
@@ -17,10 +16,10 @@ namespace objslot::OBJSLOT_ISA {
 constexpr int64_t plan_rows = 8;
 // Rows of a result that the threads share out.
 constexpr int64_t shared_rows = 32;
-// Bytes that the left factor of a product on tiles may take: it stays in a second-level cache.
-constexpr int64_t left_bytes = int64_t{1} << 20;
-// Rows of a result that are made together at most.
-constexpr int64_t most_rows = 256;
+// Bytes that a factor of a product on tiles may take to stay in a second-level cache.
+constexpr int64_t factor_bytes = int64_t{1} << 20;
+// Rows of a result that are made together: see group_rows.
+constexpr int64_t few_rows = 64, most_rows = 256;
 
 // Tokens of one side.
 template <class T>
@@ -62,17 +61,21 @@ struct Stage {
 
 OBJSLOT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Rows of a result that are made together: the left factor of so many terms fits its memory.
-OBJSLOT_INLINE int64_t group_rows(int64_t terms) {
-  const int64_t fitting = left_bytes / (round_up(terms, 32) * 6) / shared_rows * shared_rows;
-  return fitting < shared_rows ? shared_rows : fitting > most_rows ? most_rows : fitting;
+// Rows of a result of so many terms and columns that are made together: few, where the right factor stays in a
+// second-level cache beside the left one, otherwise as many as it has room for.
+OBJSLOT_INLINE int64_t group_rows(int64_t terms, int64_t columns) {
+  const int64_t whole = round_up(terms, 32);
+  if (whole * round_up(columns, 32) * 6 <= factor_bytes) return few_rows;
+  const int64_t fitting = factor_bytes / (whole * 6) / shared_rows * shared_rows;
+  return fitting < few_rows ? few_rows : fitting > most_rows ? most_rows : fitting;
 }
 
 // Words of 16 bits that its left factor then has at most, for so many terms or fewer.
-OBJSLOT_INLINE int64_t left_words(int64_t terms) {
-  const int64_t whole = round_up(terms, 32), fitting = left_bytes / 6;
-  const int64_t size = fitting < shared_rows * whole ? shared_rows * whole : fitting;
-  return round_up(3 * (size < most_rows * whole ? size : most_rows * whole), 32);
+OBJSLOT_INLINE int64_t left_words(int64_t terms, int64_t columns) {
+  const int64_t whole = round_up(terms, 32);
+  if (whole * round_up(columns, 32) * 6 <= factor_bytes) return 3 * few_rows * whole;
+  const int64_t fitting = factor_bytes / 6, least = few_rows * whole, most = most_rows * whole;
+  return round_up(3 * (fitting < least ? least : fitting < most ? fitting : most), 32);
 }
 
 // Threads that have enough to do: starting one costs some microseconds.
@@ -140,7 +143,9 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
   }
   s.rows_size = round_up(plan_rows * columns + whole_features + plan_rows * lanes, 16);
   s.panel_size = backward ? (longest < most_rows ? round_up(longest, 32) : most_rows) * whole_features : 0;
-  s.left_size = !tiles ? 0 : left_words(backward && longest > p.features ? longest : p.features);
+  s.left_size = !tiles ? 0 : left_words(p.features, m);
+  if (tiles && backward && left_words(longest, p.features) > s.left_size)
+    s.left_size = left_words(longest, p.features);
   s.rows = arena.take<T>(threads * s.rows_size);
   s.panel = arena.take<T>(threads * s.panel_size);
   const SinkhornProblem scores = scores_problem<T>(p, 0, s.scores, s.stride);
@@ -158,29 +163,28 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
   return s;
 }
 
+OBJSLOT_INLINE int64_t size_of(Element element) {
+  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
+}
+
 template <class T>
 static void point_at(const TransportProblem& p, int64_t index, Stage<T>& s) {
-  const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
+  const int64_t size = size_of(p.element);
   s.x.base = static_cast<const char*>(p.x) + index * p.x_stride * size;
   s.y.base = static_cast<const char*>(p.y) + index * p.y_stride * size;
 }
 
-// Row i of a dense matrix of the element type, in the arithmetic type.
+// Token i in the arithmetic type.
 template <class T>
-OBJSLOT_INLINE const T* element_row(const TransportProblem& p, const void* base, int64_t i, int64_t size, T* buffer) {
-  return read_row<T>(base, p.element, i * size, size, buffer);
+OBJSLOT_INLINE const T* token_row(const TransportProblem& p, const Tokens<T>& side, int64_t i, T* buffer) {
+  return read_row<T>(side.base, p.element, i * p.features, p.features, buffer);
 }
 
+// Writes row i of a dense matrix of some element type.
 template <class T>
-OBJSLOT_INLINE bool half_type(const TransportProblem& p) {
-  return sizeof(T) == 4 && p.element != Element::float32;
-}
-
-// Writes row i of a dense matrix of the element type.
-template <class T>
-OBJSLOT_INLINE void write_element_row(const TransportProblem& p, void* base, int64_t i, int64_t size, const T* row) {
+OBJSLOT_INLINE void write_element_row(Element element, void* base, int64_t i, int64_t size, const T* row) {
   if constexpr (sizeof(T) == 4)
-    if (half_type<T>(p)) return write_half_row(row, base, p.element, i * size, size);
+    if (element != Element::float32) return write_half_row(row, base, element, i * size, size);
   copy_row(static_cast<T*>(base) + i * size, row, size, false);
 }
 
@@ -189,7 +193,7 @@ template <class T>
 static void make_units(const TransportProblem& p, const Tokens<T>& side, T* buffer, const Team& team) {
   const int64_t stride = padded<T>(p.features);
   for (int64_t i = team.begin(side.count); i < team.end(side.count); ++i) {
-    const T* row = element_row(p, side.base, i, p.features, buffer);
+    const T* row = token_row(p, side, i, buffer);
     T* unit = side.unit + i * stride;
     const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
     side.factor[i] = factor;
@@ -244,7 +248,7 @@ static void find_factors(const TransportProblem& p, const Tokens<float>& side, i
     // Squares this small may be of numbers whose squares are no longer held in full.
     if (p.cosine && _mm512_mask_cmp_ps_mask(lanes, square, _mm512_set1_ps(1e-20f), _CMP_LT_OQ))
       for (int64_t j = i; j < i + 16 && j < first + rows; ++j)
-        side.factor[j] = inverse_length(element_row(p, side.base, j, p.features, buffer), p.features, p.shortest);
+        side.factor[j] = inverse_length(token_row(p, side, j, buffer), p.features, p.shortest);
   }
 }
 
@@ -257,25 +261,32 @@ OBJSLOT_INLINE bool suited_tiles(const TransportProblem& p, const Stage<float>& 
   return p.cosine || (x >= least && y >= least && p.eps >= least);
 }
 
-// Tokens are multiplied as they are, and the products brought to those of units afterwards.
+// Tokens are multiplied as they are, and the products brought to those of units afterwards. First the tokens of the
+// columns, as the right factor.
 template <Element E>
-static void scores_on_tiles(const TransportProblem& p, const Stage<float>& s, const Team& team) {
-  constexpr int P = parts_of<E>;
-  const int64_t blocks = whole_tiles(p.m) / tile_rows, depth = depth_blocks(p.features);
-  uint16_t* left = s.left + team.worker * s.left_size;
-  float* buffer = s.rows + team.worker * s.rows_size;
-  const Numbers x{s.x.base, p.features, p.n, p.features}, y{s.y.base, p.features, p.m, p.features};
-  const RowSizes x_sizes{s.x.square, s.x.size}, y_sizes{s.y.square, s.y.size};
+static void lay_right(const TransportProblem& p, const Stage<float>& s, const Team& team) {
+  const int64_t blocks = whole_tiles(p.m) / tile_rows;
+  const Numbers y{s.y.base, p.features, p.m, p.features};
+  const RowSizes sizes{s.y.square, s.y.size};
   for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
-    lay_transposed_columns<E, P>(y, block, s.right, &y_sizes);
-    const int64_t row = block * tile_rows, left_rows = p.m - row;
-    find_factors<E>(p, s.y, row, left_rows < tile_rows ? left_rows : tile_rows, buffer);
+    const int64_t row = block * tile_rows, rows = p.m - row < tile_rows ? p.m - row : tile_rows;
+    lay_transposed_columns<E, parts_of<E>>(y, block, s.right, &sizes);
+    find_factors<E>(p, s.y, row, rows, s.rows + team.worker * s.rows_size);
   }
-  team.wait();
-  for_groups(p.n, group_rows(p.features), team, [&](int64_t first, int64_t rows) {
+}
+
+// Then those of the rows, some at a time.
+template <Element E>
+static void multiply_tokens(const TransportProblem& p, const Stage<float>& s, const Team& team) {
+  constexpr int P = parts_of<E>;
+  const int64_t depth = depth_blocks(p.features);
+  uint16_t* left = s.left + team.worker * s.left_size;
+  const Numbers x{s.x.base, p.features, p.n, p.features};
+  const RowSizes sizes{s.x.square, s.x.size};
+  for_groups(p.n, group_rows(p.features, p.m), team, [&](int64_t first, int64_t rows) {
     const int64_t whole = whole_tiles(rows);
-    for (int64_t block = 0; block < whole / tile_rows; ++block) lay_rows<E, P>(x, first, block, left, &x_sizes);
-    find_factors<E>(p, s.x, first, rows, buffer);
+    for (int64_t block = 0; block < whole / tile_rows; ++block) lay_rows<E, P>(x, first, block, left, &sizes);
+    find_factors<E>(p, s.x, first, rows, s.rows + team.worker * s.rows_size);
     float* scores = s.scores + first * s.stride;
     multiply_tiles<P, P>(left, s.right, whole, s.stride, depth, scores, s.stride);
     for (int64_t i = 0; i < rows && p.cosine; ++i) {
@@ -300,59 +311,29 @@ OBJSLOT_INLINE void with_element(Element element, const Use& use) {
     use(std::integral_constant<Element, Element::float32>{});
 }
 
-// The scores of an element, and whether they were made on tiles.
+// The scores of an element, and whether they were made on tiles. Where `laid`, the right factor is that of the call
+// before, which was for the same y.
 template <class T, class Run>
-static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles, const Run& run) {
+static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles, bool laid, const Run& run) {
 #ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4) {
     if (tiles)
       with_element(p.element, [&](auto element) {
-        run([&](const Team& team) { scores_on_tiles<decltype(element)::value>(p, s, team); });
+        run([&](const Team& team) {
+          if (!laid) lay_right<decltype(element)::value>(p, s, team);
+          team.wait();
+          multiply_tokens<decltype(element)::value>(p, s, team);
+        });
       });
     tiles = tiles && suited_tiles(p, s);
     if (tiles) return true;
   }
 #endif
   (void)tiles;
+  (void)laid;
   run([&](const Team& team) { scores_on_vectors(p, s, team); });
   return false;
 }
-
-template <class T>
-static SinkhornHistory history_of(Stage<T>& s) {
-  return {s.history_f, s.history_g, &s.count};
-}
-
-// Rows of the plan from the scalings, or their logarithms, that the iteration ended with.
-template <class T>
-struct Plan {
-  T scale, inverse_eps;
-  bool logarithms;
-  const T *offset, *x, *y;
-
-  static OBJSLOT_INLINE_MEMBER Plan of(const TransportProblem& p, const Stage<T>& s) {
-    const int64_t count = s.count < 0 ? -s.count : s.count;
-    return {T(1.44269504088896340736 / p.eps), T(1 / p.eps), s.count < 0, s.history_f, s.history_f + count * p.n,
-            s.history_g + (count - 1) * p.m};
-  }
-
-  // Row i of `row` scores into padded memory.
-  OBJSLOT_INLINE_MEMBER void make(const T* row, int64_t i, int64_t m, T* out) const {
-    const Vec<T> factor = broadcast(x[i]), scales = broadcast(logarithms ? inverse_eps : scale);
-    const Vec<T> shift = broadcast(logarithms ? x[i] : offset[i]);
-    for (int64_t j = 0; j < m; j += width<T>) {
-      const int64_t left = m - j;
-      const Vec<T> scores = load_upto(row + j, left), other = load_upto(y + j, left);
-      Vec<T> value;
-      if (logarithms)
-        value = exponential<T>(fused(scores, scales, shift) + other);
-      else
-        value = factor * (exp2<T>(fused(scores, scales, shift)) * other);
-      if (left < width<T>) value = keep_first<T>(value, left);
-      store(out + j, value);
-    }
-  }
-};
 
 // The part of the workspace that belongs to a worker.
 template <class T>
@@ -370,17 +351,6 @@ static int64_t workspace_of(const TransportProblem& p, const SinkhornTables& sin
   Arena arena{nullptr};
   lay_out<T>(arena, p, sinkhorn, backward, tiles, p.batch < threads ? threads : 1);
   return p.batch < threads ? arena.used : arena.used * threads;
-}
-
-// Values or gradients (rows, channels) of the element type, padded, in the arithmetic type.
-template <class T>
-static void read_channels(const TransportProblem& p, const void* base, int64_t rows, T* out, T* buffer,
-                          const Team& team) {
-  const int64_t lanes = padded<T>(p.channels);
-  for (int64_t i = team.begin(rows); i < team.end(rows); ++i) {
-    const T* row = element_row(p, base, i, p.channels, buffer);
-    for (int64_t c = 0; c < lanes; ++c) out[i * lanes + c] = c < p.channels ? row[c] : T(0);
-  }
 }
 
 }  // namespace objslot::OBJSLOT_ISA

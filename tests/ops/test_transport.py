@@ -211,6 +211,19 @@ def test_alignment_with_masked_tokens_and_a_pair_out_of_range(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_alignment_of_half_tokens_with_values_in_float32(backend, dtype):
+    clip = tokens(2, 4, 35, 40).to(dtype), tokens(2, 4, 35, 6, seed=3).float()
+    found, exact = alignment(*clip, backend=backend), reference.alignment(*(t.double() for t in clip))
+    assert found.dtype == torch.float32
+    assert distance(found, exact) <= 1e-5
+    leaf = clip[1].clone().requires_grad_()
+    torch.testing.assert_close(alignment(clip[0], leaf, backend=backend).detach(), found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="values: expected float32"):
+        alignment(clip[0].float(), clip[1].to(dtype), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_alignment_keeps_nan_in_its_clip(backend):
     clip = [tokens(3, 3, 18, 4).float(), tokens(3, 3, 18, 5, seed=3).float()]
     clip[0][1, 0, 2, 1] = float("nan")

@@ -67,7 +67,7 @@ def test_tokens_too_large_for_tiles_are_multiplied_on_vectors(dtype, batch):
     large = [leaves[0] * BEYOND_TILES, *leaves[1:]]
     wanted, found = run(sinkhorn_transport, leaves, backend="cpu"), assert_exact(large)
     # Cosines do not know lengths: only the way to them differs, and without tiles not even that.
-    assert torch.equal(found[0], wanted[0]) == (dtype != torch.float32 or not _native.load().multiplies_tokens())
+    assert torch.equal(found[0], wanted[0]) == (dtype != torch.float32 or not _native.load().multiplies_on_tiles())
     torch.testing.assert_close(found[1].float() * BEYOND_TILES, wanted[1].float(), rtol=0.05, atol=1e-4)
 
 

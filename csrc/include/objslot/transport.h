@@ -8,10 +8,11 @@
 
 namespace objslot {
 
-// Tokens and values have the element type, marginals and start the arithmetic type. A stride leads from one element
+// Tokens have one type, values and results one that is computed in the same; marginals and start are of the type that
+// is computed in. A stride leads from one element
 // of the batch to the next; within one everything is contiguous.
 struct TransportProblem {
-  Element element;
+  Element element, value_element;
   const void* x;  // (batch, n, features)
   int64_t x_stride;
   const void* y;  // (batch, m, features)
@@ -64,6 +65,9 @@ struct TransportBackwardKernels {
   void (*run)(const TransportProblem&, const TransportGradient&, const SinkhornTables&, bool tiles, void* workspace,
               int threads);
 };
+
+// Whether products of float32 and the half types use tiles.
+bool multiplies_on_tiles();
 
 void transport_forward(const TransportProblem&, const TransportResult&, int threads);
 void transport_backward(const TransportProblem&, const TransportGradient&, int threads);

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _checks
+from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn import first_potentials, marginal
 from objslot.ops.transport import autograd
 
@@ -73,7 +74,7 @@ def alignment(
 
     Args:
         tokens: (..., t, n, d) tokens of t frames.
-        values: (..., t, n, c), same dtype and leading dimensions.
+        values: (..., t, n, c), same leading dimensions, and the dtype of the tokens or, for half tokens, float32.
         masses: (..., t, n) mass of every token, not negative; default 1 / n each.
         eps, n_iters, similarity, backend: as in `sinkhorn_transport`.
 
@@ -87,7 +88,7 @@ def alignment(
     _checks.tensor("values", values, "(..., t, n, c)")
     *batch, frames, n, _ = tokens.shape
     masses = marginal("masses", masses, tokens, [*batch, frames], n, "n")
-    _checked(tokens, tokens, values, None, None, None, eps, n_iters, None, similarity)
+    _checked(tokens, tokens, values, None, None, None, eps, n_iters, None, similarity, wide_values=True)
     tensors = (tokens, values, masses)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _alignment_by_pairs(*tensors, eps, n_iters, similarity, backend)
@@ -96,7 +97,7 @@ def alignment(
 
 def _alignment_by_pairs(tokens, values, masses, eps, n_iters, similarity, backend):
     """`alignment` in one differentiable transport of all ordered pairs."""
-    frames = tokens.shape[-3]
+    frames, tokens = tokens.shape[-3], tokens.to(values.dtype)
     pairs = [(i, j) for i in range(frames) for j in range(frames) if i != j]
     rows = torch.tensor([i for i, _ in pairs], dtype=torch.int64, device=tokens.device)
     columns = torch.tensor([j for _, j in pairs], dtype=torch.int64, device=tokens.device)
@@ -133,14 +134,18 @@ def facts(
     return autograd.facts(x, y, values, n_iters, tol, start)
 
 
-def _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity):
-    """The marginals and the start, broadcast to the batch and in the arithmetic dtype."""
+def _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity, wide_values=False):
+    """The marginals and the start, broadcast to the batch and in the arithmetic dtype.
+
+    With `wide_values` the values may have that dtype too.
+    """
     _checks.tensor("x", x, "(..., n, d)")
     _checks.tensor("y", y, "(..., m, d)")
     _checks.tensor("values", values, "(..., m, c)")
     _checks.floating("x", x)
     _checks.like("y", y, "x", x)
-    _checks.like("values", values, "x", x)
+    if not (wide_values and values.dtype == compute_dtype(x.dtype) and values.device == x.device):
+        _checks.like("values", values, "x", x)
     *batch, n, d = x.shape
     m, c = y.shape[-2], values.shape[-1]
     _checks.shape("y", y, (*batch, m, d), "(..., m, d)")

@@ -113,6 +113,8 @@ def _transport_backward(grad, x, y, values, a, b, start, eps, n_iters, tol, simi
 def _alignment(tokens, values, masses, eps, n_iters, similarity, backend):
     _check_masses(masses=masses)
     name = _backends.select("sinkhorn_transport", backend, **facts(tokens, tokens, values, n_iters))
+    if name != "cpu":
+        tokens = tokens.to(values.dtype)
     return _implementation(name).alignment(tokens, values, masses, eps, n_iters, similarity).contiguous()
 
 
