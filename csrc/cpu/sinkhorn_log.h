@@ -31,10 +31,10 @@ OBJSLOT_INLINE Vec<T> logarithm(Vec<T> x) {
   return log2<T>(x) * ln2<T>;
 }
 
-// ln of the sum of e^(row * scale + g) over j; minus infinity where nothing is left.
+// The potential of a row, log_mass - ln of the sum of e^(row * scale + g) over j; minus infinity where nothing is left.
+// Numbers of the size of the potentials are rounded: as few as can be, and those that nearly cancel meet first.
 template <class T>
-OBJSLOT_INLINE T log_sum_row(const T* row, T scale, const T* g, int64_t m) {
-  const T infinity = std::numeric_limits<T>::infinity();
+OBJSLOT_INLINE T row_potential(const T* row, T scale, const T* g, int64_t m, T log_mass) {
   Vec<T> tops = broadcast(lowest_finite<T>);
   const Vec<T> scales = broadcast(scale);
   const int64_t whole = m / width<T> * width<T>;
@@ -46,11 +46,12 @@ OBJSLOT_INLINE T log_sum_row(const T* row, T scale, const T* g, int64_t m) {
   const Vec<T> base = broadcast(-top);
   Vec<T> sum{};
   for (int64_t j = 0; j < whole; j += width<T>)
-    sum += exponential<T>(fused(load(row + j), scales, load(g + j)) + base);
+    sum += exponential<T>(fused(load(row + j), scales, base) + load(g + j));
   if (whole < m)
-    sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, load(g + whole)) + base);
+    sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, base) + load(g + whole));
   const T total = sum_lanes<T>(sum);
-  return total == T(0) ? -infinity : top + logarithm<T>(broadcast(total))[0];
+  if (total == T(0)) return -std::numeric_limits<T>::infinity();
+  return (log_mass - logarithm<T>(broadcast(total))[0]) - top;
 }
 
 template <class T>
@@ -69,10 +70,9 @@ OBJSLOT_INLINE void log_rows_chunk(const Matrix<T>& matrix, const LogState<T>& s
     Vec<T> f[block];
     for (int64_t r = 0; r < count; ++r) {
       row[r] = matrix.row(i + r, state.rows + (worker * block + r) * columns);
-      const T total = log_sum_row(row[r], matrix.inverse_eps, state.g, m);
       const T mass = matrix.a_at(i + r);
-      T value = logarithm<T>(broadcast(mass))[0] - total;
-      if (mass == T(0) || total == -infinity) value = -infinity;
+      T value = row_potential(row[r], matrix.inverse_eps, state.g, m, logarithm<T>(broadcast(mass))[0]);
+      if (mass == T(0)) value = -infinity;
       state.f[i + r] = value;
       f[r] = broadcast(value);
     }
@@ -107,7 +107,7 @@ OBJSLOT_INLINE void log_columns(const Matrix<T>& matrix, const LogState<T>& stat
     const int64_t left = matrix.m - j;
     Vec<T> mass = broadcast(matrix.b0);
     if (matrix.b) mass = left < width<T> ? load_first(matrix.b + j, left) : load(matrix.b + j);
-    Vec<T> value = logarithm<T>(mass) - (top + logarithm<T>(sum));
+    Vec<T> value = (logarithm<T>(mass) - logarithm<T>(sum)) - top;
     // No mass, or no row to take it from; a NaN stays.
     value = mass == T(0) ? broadcast(-infinity) : value;
     value = sum == T(0) ? broadcast(-infinity) : value;

@@ -252,12 +252,16 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
   const int64_t m = matrix.m, columns = matrix.columns;
   alone(team, [&] { start(g, w); });
   multiply(g, w, Rows<T>{w.plan, columns}, gradient, team);
-  // From here on w.plan collects eps * grad_scores.
+  // From here on w.plan collects eps * grad_scores, and w.sums starts with the column sums of the plan.
   for_chunks(matrix, team, [&](int64_t chunk) {
+    T* sums = w.sums + chunk * columns;
+    fill(sums, columns, T(0));
     for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i)
       for (int64_t j = 0; j < m; j += width<T>) {
         T* entry = w.plan + i * columns + j;
-        store(entry, load(entry) * load_upto(gradient.at(i) + j, m - j));
+        const Vec<T> plan = load(entry);
+        store(sums + j, load(sums + j) + plan);
+        store(entry, plan * load_upto(gradient.at(i) + j, m - j));
       }
   });
   // Where nothing is: the value of a masked scaling, or of its logarithm.
@@ -280,9 +284,25 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
     alone(team, [&] {
       columns_of(t, w.scaled_g);
       columns_of(t - 1, w.earlier_g);
+    });
+    if (t < g.count - 1)
+      for_chunks(matrix, team, [&](int64_t chunk) {
+        T* sums = w.sums + chunk * columns;
+        fill(sums, columns, T(0));
+        T* buffer = w.rows + team.worker * (block + 1) * columns;
+        const T one = 1;
+        for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
+          make_row(matrix.row(i, buffer), t, i, w.scaled_g, buffer + columns);
+          add_rows<T, 1>(buffer + columns, columns, &one, columns, sums);
+        }
+      });
+    alone(team, [&] {
+      add_columns(matrix, w.sums, share);
       for (int64_t j = 0; j < columns; ++j) {
-        share[j] = w.scaled_g[j] == nothing ? T(0) : w.grad_g[j] / (matrix.b ? matrix.b[j] : matrix.b0);
-        w.grad_b[j] += share[j];
+        const bool masked = w.scaled_g[j] == nothing;
+        w.grad_b[j] += masked ? T(0) : w.grad_g[j] / (matrix.b ? matrix.b[j] : matrix.b0);
+        // Not by b: a column of weights that sum to one exactly cancels exactly, however its potential was rounded.
+        share[j] = masked || share[j] == T(0) ? T(0) : w.grad_g[j] / share[j];
       }
     });
     for_chunks(matrix, team, [&](int64_t chunk) {
