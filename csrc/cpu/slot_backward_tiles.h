@@ -22,18 +22,24 @@ static void split_weights(const float* weights, int64_t lanes, uint32_t* words) 
       split_wide<P>(_mm512_loadu_ps(weights + j * lanes + lane), words + j * block, plane);
 }
 
-// out (tile, 32) = two blocks of columns, from block `column` of `columns`, of the sum of the terms' products.
+// out (tile, 32) = two blocks of columns, from block `column` of `columns`, of the sum of the terms' products, `count`
+// rows of it.
 template <Precision P>
-OBJSLOT_INLINE void spread_columns_on_tiles(const TileTerm* terms, int count, int64_t lanes, int64_t column,
-                                            int64_t columns, float* out) {
-  constexpr int64_t plane = row_blocks * block_words;
-  for (int64_t c = column; c < column + 2 && c < columns; ++c) {
+OBJSLOT_INLINE void spread_columns_on_tiles(const TileTerm* terms, int number, int64_t lanes, int64_t column,
+                                            int64_t columns, int64_t count, float* out) {
+  constexpr int64_t plane = row_blocks * block_words, thin_size = thin_planes<P> * block_words, wide = 2 * block;
+  const int64_t thin_next = column + 1 < columns ? thin_size : 0;
+  for (int64_t j = 0; j < count; j += 2 * block) {
     clear_sums();
-    for (int t = 0; t < count; ++t)
+    for (int t = 0; t < number; ++t)
       for (int64_t lane = 0; lane < lanes / block; ++lane)
-        multiply_add<P, true>(terms[t].words + lane * wide_planes<P> * plane, block_words, plane,
-                              terms[t].packed + (lane * columns + c) * thin_planes<P> * block_words, [] {});
-    store_sums(out + (c - column) * block, block * 2 * block, 2 * block);
+        multiply_add_square<P, true>(terms[t].words + lane * wide_planes<P> * plane + j * block, block_words, plane,
+                                     terms[t].packed + (lane * columns + column) * thin_size, thin_next, [] {});
+    float* const target = out + j * wide;
+    OBJSLOT_STORE(0, target, wide * 4);
+    OBJSLOT_STORE(1, target + block, wide * 4);
+    OBJSLOT_STORE(2, target + block * wide, wide * 4);
+    OBJSLOT_STORE(3, target + block * wide + block, wide * 4);
   }
 }
 
@@ -141,7 +147,7 @@ static void write_on_tiles(const Layout& layout, const Live<float>& live, const 
   if (!live.all) write_zeros<float>(out, element, offset, positions * columns);
   const int64_t blocks = blocks_of(columns);
   for (int64_t c = 0; c < blocks; c += 2) {
-    spread_columns_on_tiles<M>(terms, count, layout.lanes, c, blocks, product);
+    spread_columns_on_tiles<M>(terms, count, layout.lanes, c, blocks, live.count, product);
     const int64_t left = columns - c * block;
     for (int64_t j = 0; j < live.count; ++j)
       write_part(product + j * 2 * block, out, element,
@@ -165,7 +171,7 @@ static bool gradients_on_tiles(const SlotAttentionProblem& p, const SlotAttentio
   if (r.grad_k && p.row_mean) {
     const int64_t stride = padded<float>(p.width), blocks = blocks_of(p.width);
     for (int64_t c = 0; c < blocks; c += 2) {
-      spread_columns_on_tiles<M>(terms, 2, lanes, c, blocks, s.product);
+      spread_columns_on_tiles<M>(terms, 2, lanes, c, blocks, s.live.count, s.product);
       for (int64_t j = 0; j < s.live.count; ++j)
         for (int64_t d = 0; d < 2 * block && c * block + d < stride; d += block)
           store(s.grad_keys + j * stride + c * block + d, load(s.product + j * 2 * block + d));

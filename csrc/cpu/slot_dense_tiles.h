@@ -27,7 +27,8 @@ OBJSLOT_INLINE int64_t place_blocks(int64_t inner) { return (inner + pair_places
 // Rows and outputs are multiplied two blocks at a time.
 OBJSLOT_INLINE int64_t even_blocks(int64_t count) { return (count + pair_places - 1) / pair_places * 2; }
 
-// Words of a block of 16 outputs: whether it is sound, then its tiles.
+// Words of a block of 16 outputs: whether it is sound, whether it is of bfloat16 and its middle and low parts zero, then
+// its tiles.
 OBJSLOT_INLINE int64_t panel_words(int64_t inner) {
   return header_words + place_blocks(inner) * dense_planes * block_words;
 }
@@ -39,7 +40,9 @@ OBJSLOT_INLINE int64_t operand_words(int64_t rows, int64_t inner) {
 }
 
 // Two vectors as words of pairs, one plane after the other.
-OBJSLOT_INLINE void split_pairs(__m512 low, __m512 high, uint32_t* to) {
+// Returns what the first plane leaves out.
+OBJSLOT_INLINE __m512 split_pairs(__m512 low, __m512 high, uint32_t* to) {
+  __m512 left = _mm512_setzero_ps();
   const __m512i top = _mm512_set1_epi32(bits_of_high), half = _mm512_set1_epi32(0x8000);
 #pragma GCC unroll 3
   for (int plane = 0; plane < dense_planes; ++plane) {
@@ -48,7 +51,9 @@ OBJSLOT_INLINE void split_pairs(__m512 low, __m512 high, uint32_t* to) {
     _mm512_store_si512(to + plane * block_words, _mm512_or_si512(low_half(first), second));
     low = _mm512_sub_ps(low, floats(first));
     high = _mm512_sub_ps(high, floats(second));
+    if (plane == 0) left = _mm512_or_ps(low, high);
   }
+  return left;
 }
 
 // Whether a row of this largest size can be split.
@@ -88,6 +93,7 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
   __m512 top[block];
   for (__m512& t : top) t = _mm512_setzero_ps();
   bool sound = true;
+  __m512 rest = _mm512_setzero_ps();
   uint32_t* to = panel + header_words;
   for (int64_t d = 0; d < inner; d += pair_places, to += dense_planes * block_words) {
     __m512 part[2][block];
@@ -110,7 +116,7 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
       const __m512 odd = _mm512_add_ps(_mm512_sub_ps(low, low), _mm512_sub_ps(high, high));
       sound &= _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q) == 0;
       top[0] = _mm512_max_ps(top[0], _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-      split_pairs(low, high, to + i * block);
+      rest = _mm512_or_ps(rest, split_pairs(low, high, to + i * block));
     }
   }
   // A lane for each output.
@@ -118,6 +124,7 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
                           _mm512_cmp_ps_mask(top[0], _mm512_setzero_ps(), _CMP_NEQ_OQ);
   const __mmask16 large = _mm512_cmp_ps_mask(top[0], _mm512_set1_ps(most_entry), _CMP_GT_OQ);
   panel[0] = sound && !small && !large;
+  panel[1] = _mm512_test_epi32_mask(bits(rest), _mm512_set1_epi32(0x7fffffff)) == 0;
 }
 
 #define OBJSLOT_PRODUCTS_OF_PAIRS          \
@@ -126,29 +133,41 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
   OBJSLOT_MULTIPLY(1, 4, 7);               \
   OBJSLOT_MULTIPLY(3, 5, 7)
 
-// out (32, 32) = two blocks of rows times two of outputs.
+// out (32, 32) = two blocks of rows times two of outputs; `exact`: of bfloat16. Fetches `lines` of what comes next for
+// every block of places.
+template <bool exact>
 OBJSLOT_INLINE void multiply_pairs(const uint32_t* rows, int64_t next_rows, const uint32_t* panel, int64_t next_panel,
-                                   int64_t places, float* out) {
+                                   int64_t places, Ahead& ahead, int64_t lines, float* out) {
   clear_sums();
   for (int64_t d = 0; d < places; ++d, rows += dense_planes * block_words, panel += dense_planes * block_words) {
+    for (int64_t k = 0; k < lines; ++k) ahead.fetch<1>();
+    OBJSLOT_LOAD(4, rows, 64);
+    OBJSLOT_LOAD(5, rows + next_rows, 64);
     // high * low, high * middle, middle * middle, middle * high, high * high, low * high.
-    OBJSLOT_LOAD(4, rows, 64);
-    OBJSLOT_LOAD(5, rows + next_rows, 64);
-    OBJSLOT_LOAD(6, panel + 2 * block_words, 64);
-    OBJSLOT_LOAD(7, panel + next_panel + 2 * block_words, 64);
-    OBJSLOT_PRODUCTS_OF_PAIRS;
-    OBJSLOT_LOAD(6, panel + block_words, 64);
-    OBJSLOT_LOAD(7, panel + next_panel + block_words, 64);
-    OBJSLOT_PRODUCTS_OF_PAIRS;
-    OBJSLOT_LOAD(4, rows + block_words, 64);
-    OBJSLOT_LOAD(5, rows + next_rows + block_words, 64);
-    OBJSLOT_PRODUCTS_OF_PAIRS;
-    OBJSLOT_LOAD(6, panel, 64);
-    OBJSLOT_LOAD(7, panel + next_panel, 64);
-    OBJSLOT_PRODUCTS_OF_PAIRS;
-    OBJSLOT_LOAD(4, rows, 64);
-    OBJSLOT_LOAD(5, rows + next_rows, 64);
-    OBJSLOT_PRODUCTS_OF_PAIRS;
+    if constexpr (!exact) {
+      OBJSLOT_LOAD(6, panel + 2 * block_words, 64);
+      OBJSLOT_LOAD(7, panel + next_panel + 2 * block_words, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+      OBJSLOT_LOAD(6, panel + block_words, 64);
+      OBJSLOT_LOAD(7, panel + next_panel + block_words, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+      OBJSLOT_LOAD(4, rows + block_words, 64);
+      OBJSLOT_LOAD(5, rows + next_rows + block_words, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+      OBJSLOT_LOAD(6, panel, 64);
+      OBJSLOT_LOAD(7, panel + next_panel, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+      OBJSLOT_LOAD(4, rows, 64);
+      OBJSLOT_LOAD(5, rows + next_rows, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+    } else {
+      OBJSLOT_LOAD(6, panel, 64);
+      OBJSLOT_LOAD(7, panel + next_panel, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+      OBJSLOT_LOAD(4, rows + block_words, 64);
+      OBJSLOT_LOAD(5, rows + next_rows + block_words, 64);
+      OBJSLOT_PRODUCTS_OF_PAIRS;
+    }
     OBJSLOT_LOAD(4, rows + 2 * block_words, 64);
     OBJSLOT_LOAD(5, rows + next_rows + 2 * block_words, 64);
     OBJSLOT_PRODUCTS_OF_PAIRS;

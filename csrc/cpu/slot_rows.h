@@ -156,9 +156,19 @@ static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Op
   for (int64_t c = 0; c < columns; c += pair_places) {
     const uint32_t* const panel = panels + (first + c) / block * size;
     const int64_t width = columns - c < pair_places ? columns - c : pair_places;
+    const bool exact = panel[1] && panel[size + 1];
+    // The next two panels, in even parts.
+    Ahead ahead;
+    if (c + pair_places < columns)
+      ahead = {reinterpret_cast<const char*>(panel + 2 * size), reinterpret_cast<const char*>(panel + 4 * size)};
+    const int64_t steps = even_blocks(a.rows) / 2 * places, lines = (2 * size / 16 + steps - 1) / steps;
     for (int64_t j = 0; j < a.rows; j += pair_places) {
       const int64_t height = a.rows - j < pair_places ? a.rows - j : pair_places;
-      multiply_pairs(a.words + j / block * next_rows, next_rows, panel + header_words, size, places, product);
+      const uint32_t* const rows = a.words + j / block * next_rows;
+      if (exact)
+        multiply_pairs<true>(rows, next_rows, panel + header_words, size, places, ahead, lines, product);
+      else
+        multiply_pairs<false>(rows, next_rows, panel + header_words, size, places, ahead, lines, product);
       const uint32_t lost = a.lost[j / block] | static_cast<uint32_t>(a.lost[j / block + 1]) << block;
       if (lost || !panel[0] || !panel[size])
         for (int64_t i = 0; i < height; ++i)

@@ -165,10 +165,10 @@ OBJSLOT_INLINE __m512 read_part(const TileRows& rows, int64_t j, int64_t column)
 // How rows are read: whole blocks as they are or normalised, or entry by entry as far as there are any.
 enum class Reading { whole, normalised, part };
 
-// Calls body with the reading of blocks of `wide` columns as a constant.
+// Calls body with the reading of blocks of `high` rows and `wide` columns as a constant.
 template <class Body>
-OBJSLOT_INLINE void with_reading(const TileRows& rows, int64_t wide, const Body& body) {
-  if (rows.count % block || rows.columns % wide)
+OBJSLOT_INLINE void with_reading(const TileRows& rows, int64_t high, int64_t wide, const Body& body) {
+  if (rows.count % high || rows.columns % wide)
     body(std::integral_constant<Reading, Reading::part>());
   else if (rows.normalised)
     body(std::integral_constant<Reading, Reading::normalised>());
@@ -335,6 +335,40 @@ OBJSLOT_INLINE void multiply_add(const uint32_t* wide, int64_t next, int64_t pla
   }
 }
 
+// The four sums += two wide blocks, `next` words apart, times two thin ones, `thin_next` apart: sum 0 of the first ones,
+// 1 of the second thin one, 2 of the second wide one, 3 of both second ones.
+#define OBJSLOT_ADD_SQUARE \
+  OBJSLOT_ADD(0, 4, 6);    \
+  between();               \
+  OBJSLOT_ADD(2, 5, 6);    \
+  between();               \
+  OBJSLOT_ADD(1, 4, 7);    \
+  between();               \
+  OBJSLOT_ADD(3, 5, 7);    \
+  between()
+
+template <Precision P, bool wide_left, class Between>
+OBJSLOT_INLINE void multiply_add_square(const uint32_t* wide, int64_t next, int64_t plane, const uint32_t* thin,
+                                        int64_t thin_next, const Between& between) {
+  OBJSLOT_LOAD(4, wide, 64);
+  OBJSLOT_LOAD(5, wide + next, 64);
+  OBJSLOT_LOAD(6, thin, 64);
+  OBJSLOT_LOAD(7, thin + thin_next, 64);
+  OBJSLOT_ADD_SQUARE;
+  if constexpr (P != Precision::exact) {
+    OBJSLOT_LOAD(6, thin + block_words, 64);
+    OBJSLOT_LOAD(7, thin + thin_next + block_words, 64);
+    OBJSLOT_ADD_SQUARE;
+  }
+  if constexpr (P == Precision::thrice) {
+    OBJSLOT_LOAD(4, wide + plane, 64);
+    OBJSLOT_LOAD(5, wide + next + plane, 64);
+    OBJSLOT_LOAD(6, thin + 2 * block_words, 64);
+    OBJSLOT_LOAD(7, thin + thin_next + 2 * block_words, 64);
+    OBJSLOT_ADD_SQUARE;
+  }
+}
+
 // Rows are split part by part, each part while the one before it is multiplied: its words stay in the first cache.
 // Blocks of columns in a part of `multiply_rows`, blocks of rows in one of `gather_rows`.
 OBJSLOT_INLINE int64_t part_columns(int64_t lanes) { return lanes > block ? 2 : 1; }
@@ -380,11 +414,53 @@ static void multiply_rows_as(const TileRows& rows, const uint32_t* thin, int64_t
   if (lanes == block) store_sums(out, block * lanes, lanes);
 }
 
+// The same for pairs of blocks of lanes: sums of 32 rows and 32 lanes stay in the registers, and the rows are split
+// anew for each pair of blocks.
+template <Precision P, Reading R>
+static void multiply_pairs_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* out) {
+  const int64_t columns = blocks_of(rows.columns), used = blocks_of(rows.count) * block;
+  constexpr int64_t plane = 2 * block_words, step = wide_planes<P> * plane;
+  const int64_t thin_next = columns * thin_planes<P> * block_words;
+  Splitter<P, R> splitter(rows);
+  int64_t part = 0;
+  const auto begin = [&](int64_t row, int64_t column) {
+    splitter.begin(row, 2 * block, column * block, 1, words + part++ % 2 * step);
+  };
+  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
+  begin(0, 0);
+  splitter.finish();
+  for (int64_t row = 0; row < used; row += 2 * block)
+    for (int64_t lane = 0; lane < lanes; lane += 2 * block) {
+      const uint32_t* with = thin + lane / block * thin_next;
+      clear_sums();
+      for (int64_t c = 0; c < columns; ++c, with += thin_planes<P> * block_words) {
+        const uint32_t* const at = words + (part - 1) % 2 * step;
+        if (c + 1 < columns)
+          begin(row, c + 1);
+        else if (lane + 2 * block < lanes)
+          begin(row, 0);
+        else if (row + 2 * block < used)
+          begin(row + 2 * block, 0);
+        multiply_add_square<P, true>(at, block_words, plane, with, thin_next, between);
+        splitter.finish();
+      }
+      float* const target = out + row * lanes + lane;
+      OBJSLOT_STORE(0, target, lanes * 4);
+      OBJSLOT_STORE(1, target + block, lanes * 4);
+      OBJSLOT_STORE(2, target + block * lanes, lanes * 4);
+      OBJSLOT_STORE(3, target + block * lanes + block, lanes * 4);
+    }
+}
+
 // out (tile, lanes) = rows times the transposed thin matrix (lanes, columns), packed.
 template <Precision P>
 static void multiply_rows(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* out) {
-  with_reading(rows, block,
-               [&](auto reading) { multiply_rows_as<P, reading()>(rows, thin, lanes, words, out); });
+  if (lanes % (2 * block) == 0)
+    with_reading(rows, 2 * block, block,
+                 [&](auto reading) { multiply_pairs_as<P, reading()>(rows, thin, lanes, words, out); });
+  else
+    with_reading(rows, block, block,
+                 [&](auto reading) { multiply_rows_as<P, reading()>(rows, thin, lanes, words, out); });
 }
 
 template <Precision P, Reading R>
@@ -422,11 +498,55 @@ static void gather_rows_as(const TileRows& rows, const uint32_t* thin, int64_t l
     }
 }
 
+// The same for pairs of blocks of lanes.
+template <Precision P, Reading R>
+static void gather_pairs_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* sums) {
+  const int64_t columns = 4 * quads_of(rows.columns), stride = columns * block, used = blocks_of(rows.count);
+  constexpr int64_t plane = block_words, step = wide_planes<P> * plane, thin_size = thin_planes<P> * block_words;
+  if (used == 0) return;
+  Splitter<P, R> splitter(rows);
+  int64_t part = 0;
+  const auto begin = [&](int64_t row, int64_t column) {
+    splitter.begin(row * block, block, column * block, 2, words + part++ % 2 * 2 * step);
+  };
+  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
+  begin(0, 0);
+  splitter.finish();
+  for (int64_t lane = 0; lane < lanes; lane += 2 * block)
+    for (int64_t c = 0; c < columns; c += 2) {
+      float* const target = sums + lane * stride + c * block;
+      OBJSLOT_LOAD(0, target, stride * 4);
+      OBJSLOT_LOAD(1, target + block * stride, stride * 4);
+      OBJSLOT_LOAD(2, target + block, stride * 4);
+      OBJSLOT_LOAD(3, target + block * stride + block, stride * 4);
+      for (int64_t j = 0; j < used; ++j) {
+        const uint32_t* const at = words + (part - 1) % 2 * 2 * step;
+        if (j + 1 < used)
+          begin(j + 1, c);
+        else if (c + 2 < columns)
+          begin(0, c + 2);
+        else if (lane + 2 * block < lanes)
+          begin(0, 0);
+        multiply_add_square<P, false>(at, step, plane, thin + (lane / block * row_blocks + j) * thin_size,
+                                      row_blocks * thin_size, between);
+        splitter.finish();
+      }
+      OBJSLOT_STORE(0, target, stride * 4);
+      OBJSLOT_STORE(1, target + block * stride, stride * 4);
+      OBJSLOT_STORE(2, target + block, stride * 4);
+      OBJSLOT_STORE(3, target + block * stride + block, stride * 4);
+    }
+}
+
 // sums (lanes, 64 quads) += the transposed thin matrix (tile, lanes), packed, times the rows.
 template <Precision P>
 static void gather_rows(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* sums) {
-  with_reading(rows, 4 * block,
-               [&](auto reading) { gather_rows_as<P, reading()>(rows, thin, lanes, words, sums); });
+  if (lanes % (2 * block) == 0)
+    with_reading(rows, block, 4 * block,
+                 [&](auto reading) { gather_pairs_as<P, reading()>(rows, thin, lanes, words, sums); });
+  else
+    with_reading(rows, block, 4 * block,
+                 [&](auto reading) { gather_rows_as<P, reading()>(rows, thin, lanes, words, sums); });
 }
 
 // The weights (count, lanes) of a tile, transposed, as thin blocks: (blocks of lanes, blocks of rows).

@@ -63,6 +63,12 @@ def select(op: str, requested: str | None = None, **facts) -> str:
     raise BackendError(f"{op}: no backend serves this call: {_reasons(op, facts)}")
 
 
+def serves(op: str, **facts) -> bool:
+    """Whether what the context and the environment ask for can serve this call, or they leave the choice open."""
+    name = _forced.get() or os.environ.get("OBJSLOT_BACKEND") or "auto"
+    return name == "auto" or (name in BACKENDS and _reason(op, name, facts) is None)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve every op called in this context by the backend `name`, or "auto" for the automatic choice.

@@ -1,10 +1,14 @@
 """SlotAttention against slot attention written out, and its options."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from objslot.errors import BackendError
 from objslot.nn import SlotAttention, convert_state_dict
+from objslot.ops import use_backend
 
 
 def written_out(module, x, slots, iterations, mask=None):
@@ -183,3 +187,35 @@ def test_bad_inputs():
         module(torch.zeros(2, 5, 8), torch.ones(2, 6))
     with pytest.raises(ValueError, match="iterations: expected at least 1"):
         module(torch.zeros(2, 5, 8), iterations=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("update", ["gru", "residual"])
+def test_half_types(dtype, update):
+    """As near to float64 as the layers one after the other in that dtype, values and gradients."""
+    torch.manual_seed(0)
+    module = shake(SlotAttention(16, 64, update=update, bias=True)).to(dtype)
+    tensors = [torch.randn(4, 96, 64).to(dtype), torch.randn(4, 16, 64).to(dtype), torch.rand(4, 96).to(dtype)]
+    exact = copy.deepcopy(module).double()
+
+    def run(function, model, inputs):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        found = function(model, *leaves)
+        return [found, *torch.autograd.grad(found, [*leaves, model.key.weight], torch.ones_like(found))]
+
+    def ours(model, x, slots, mask):
+        return model(x, mask, initial=slots).slots
+
+    def plain(model, x, slots, mask):
+        return written_out(model, x, slots, 3, mask)
+
+    wanted = run(plain, exact, [tensor.double() for tensor in tensors])
+    for mine, theirs, best in zip(run(ours, module, tensors), run(plain, module, tensors), wanted, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - best).norm() <= 2 * (theirs.double() - best).norm()
+
+
+def test_a_backend_that_has_the_core_alone():
+    module = SlotAttention(4, 16)
+    with use_backend("triton"), pytest.raises(BackendError, match="needs a CUDA tensor, got one on cpu"):
+        module(torch.randn(2, 40, 16))

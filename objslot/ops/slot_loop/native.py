@@ -14,12 +14,14 @@ def forward(x, mask, initial, *rest):
     shape, batch = initial.shape, x.shape[:-2].numel()
     rows, width = shape[:-1].numel(), shape[-1]
     logits_shape = (*shape[:-1], x.shape[-2])
-    slots, logits = initial.new_empty(shape), initial.new_empty(logits_shape)
-    history = initial.new_empty((iterations - 1, *logits_shape) if return_iterations and iterations > 1 else 0)
+    slots, logits = _native.empty(shape, x.dtype), _native.empty(logits_shape, x.dtype)
+    history = _native.empty(
+        (iterations - 1, *logits_shape) if return_iterations and iterations > 1 else (0,), x.dtype
+    )
     statistics = x.new_empty((2, batch, x.shape[-2]))
-    before, means = x.new_empty((kept, rows, width)), x.new_empty((kept, rows, x.shape[-1]))
+    before, means = (_native.empty((kept, rows, size), x.dtype) for size in (width, x.shape[-1]))
     mass = x.new_empty((kept, rows))
-    gates = x.new_empty((kept if layers[8] is not None else 0, rows, 4 * width))
+    gates = _native.empty((kept if layers[8] is not None else 0, rows, 4 * width), x.dtype)
     problem, alive = _problem(x, mask, initial, layers, scale, eps)
     start = initial.contiguous()
     targets = [step.data_ptr() for step in history] if history.dim() > 1 else [0] * (iterations - 1)
@@ -42,15 +44,15 @@ def backward(grad_slots, grad_logits, tensors, scale, eps, saved, needs):
     gru = layers[8] is not None
     module = _native.load()
     problem, alive = _problem(x, mask, initial, layers, scale, eps)
-    packed = x.new_empty(module.slot_loop_packed_size(problem))
-    grad_x = x.new_empty(x.shape) if needs[0] else None
+    packed = _native.empty((module.slot_loop_packed_size(problem),), x.dtype)
+    grad_x = _native.empty(x.shape, x.dtype) if needs[0] else None
     grad_mask = mask.new_empty(mask.shape) if needs[1] else None
     grad = initial.new_zeros((rows, width)) if grad_slots is None else grad_slots.reshape(rows, width).contiguous()
     grad_logits = None if grad_logits is None else grad_logits.contiguous()
-    spare = [x.new_empty((rows, width)) for _ in range(min(kept, 2))]
+    spare = [_native.empty((rows, width), x.dtype) for _ in range(min(kept, 2))]
 
     def matrix(columns):
-        return x.new_empty((rows, columns))
+        return _native.empty((rows, columns), x.dtype)
 
     normed_slots, grad_query, grad_constant = matrix(width), matrix(input_width), matrix(1)
     updates, grad_updates, grad_gates = matrix(width), matrix(width), matrix(4 * width) if gru else None
