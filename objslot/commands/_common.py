@@ -45,6 +45,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def pace(rate: float) -> str:
+    """How fast something goes, from how many come in a second: "3.2 a second", or "45 s each"."""
+    if rate >= 1:
+        return f"{rate:.1f} a second"
+    return f"{1 / rate:.1f} s each" if rate > 0 else "none yet"
+
+
 @contextmanager
 def progress(title: str, unit: str = "frames", every: float = 30.0) -> Iterator:
     """Gives a function to call with (done, total): a bar on a terminal, a line every few seconds in a log.
@@ -67,7 +74,7 @@ def progress(title: str, unit: str = "frames", every: float = 30.0) -> Iterator:
         if now - state["last"] >= every:
             state["last"] = now
             print(
-                f"{title}: {done} of {total} {unit}, {done / (now - started):.1f} a second",
+                f"{title}: {done} of {total} {unit}, {pace(done / (now - started))}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -89,6 +96,6 @@ def _bar(title: str, unit: str) -> Iterator:
 
         def update(done: int, total: int) -> None:
             speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.1f} a second" if speed else "")
+            bar.update(task, completed=done, total=total, rate=pace(speed) if speed else "")
 
         yield update
