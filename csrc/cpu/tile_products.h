@@ -247,10 +247,11 @@ class Tiles {
       "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::        \
           : "memory")
 
-// out (rows, columns) of a left and a right operand of `depth` blocks; all sizes are whole pairs of tiles.
-template <int Left, int Right>
-static void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t rows, int64_t columns, int64_t depth,
-                           float* out, int64_t stride) {
+// out (rows, columns) of a left and a right operand of `depth` blocks; all sizes are whole pairs of tiles. After
+// every pair of tiles by a pair, between() may do something else that waits for memory.
+template <int Left, int Right, class Between>
+OBJSLOT_INLINE void multiply_tiles_between(const uint16_t* left, const uint16_t* right, int64_t rows, int64_t columns,
+                                           int64_t depth, float* out, int64_t stride, const Between& between) {
   const int64_t bytes = stride * 4;
   const auto take_rows = [&](const uint16_t* tile) __attribute__((always_inline)) {
     OBJSLOT_TILE_LOAD(4, tile);
@@ -296,7 +297,14 @@ static void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t 
       OBJSLOT_TILE_STORE(1, target + tile_rows, bytes);
       OBJSLOT_TILE_STORE(2, target + tile_rows * stride, bytes);
       OBJSLOT_TILE_STORE(3, target + tile_rows * stride + tile_rows, bytes);
+      between();
     }
+}
+
+template <int Left, int Right>
+static void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t rows, int64_t columns, int64_t depth,
+                           float* out, int64_t stride) {
+  multiply_tiles_between<Left, Right>(left, right, rows, columns, depth, out, stride, [] {});
 }
 
 }  // namespace objslot::OBJSLOT_ISA

@@ -148,22 +148,33 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
     lay_columns<E, R>(right, block, s.right);
   team.wait();
   uint16_t* left = s.left + team.worker * s.left_size;
-  float* panel = s.panel + team.worker * s.panel_size;
   float* buffer = s.rows + team.worker * s.rows_size;
-  for_groups(own.count, group_rows(other.count, p.features), team, [&](int64_t first, int64_t rows) {
+  // Two panels in turn: the rows of one are finished while those of the next are multiplied.
+  const int64_t group = group_rows(other.count, p.features);
+  float* const panels = s.panel + team.worker * s.panel_size;
+  float *panel = panels, *waiting = nullptr;
+  int64_t next = 0, end = 0;
+  const auto finish = [&](int64_t count) {
+    for (int64_t stop = next + count < end ? next + count : end; next < stop; ++next, waiting += features)
+      through_unit(p, own, next, token_row(p, own, next, buffer), own.factor[next], inverse[next], waiting,
+                   towards.out, streamed);
+  };
+  for_groups(own.count, group, team, [&](int64_t first, int64_t rows) {
     const int64_t whole = whole_tiles(rows);
     for (int64_t block = 0; block < whole / tile_rows; ++block)
       if (towards.transposed)
         lay_transposed_rows<Element::float32, L>(slope, first, block, left);
       else
         lay_rows<Element::float32, L>(slope, first, block, left);
-    multiply_tiles<L, R>(left, s.right, whole, features, depth, panel, features);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = token_row(p, own, first + r, buffer);
-      through_unit(p, own, first + r, row, own.factor[first + r], inverse[first + r], panel + r * features,
-                   towards.out, streamed);
-    }
+    const int64_t steps = whole / tile_pair * (features / tile_pair), share = (end - next + steps - 1) / steps;
+    multiply_tiles_between<L, R>(left, s.right, whole, features, depth, panel, features, [&] { finish(share); });
+    finish(end - next);
+    waiting = panel;
+    next = first;
+    end = first + rows;
+    panel = panel == panels ? panels + group * features : panels;
   });
+  finish(end - next);
   if (streamed) end_of_stream();
 }
 #endif

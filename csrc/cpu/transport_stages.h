@@ -53,7 +53,7 @@ struct Stage {
   float* tops;     // (threads, m)
   // For each thread.
   uint16_t* left;  // the left factor of a product on tiles
-  T* panel;        // (panel_rows, whole tiles of features): the rows of a result
+  T* panel;        // (rows, whole tiles of features): those of a result
   T* rows;         // (plan_rows, columns), and a row of features or channels
   int64_t left_size, panel_size, rows_size;
   char* sinkhorn;
@@ -142,7 +142,8 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
     s.tops = arena.take<float>(threads * whole_m);
   }
   s.rows_size = round_up(plan_rows * columns + whole_features + plan_rows * lanes, 16);
-  s.panel_size = backward ? (longest < most_rows ? round_up(longest, 32) : most_rows) * whole_features : 0;
+  const int64_t panel_rows = round_up(longest, 32) < 2 * most_rows ? round_up(longest, 32) : 2 * most_rows;
+  s.panel_size = backward ? panel_rows * whole_features : 0;
   s.left_size = !tiles ? 0 : left_words(p.features, m);
   if (tiles && backward && left_words(longest, p.features) > s.left_size)
     s.left_size = left_words(longest, p.features);
