@@ -1,5 +1,5 @@
 // Slot attention forward: one pass over keys and values; the weights of a tile never leave the cache.
-#include "slot_tiles.h"
+#include "slot_tile_rows.h"
 
 namespace objslot::OBJSLOT_ISA {
 

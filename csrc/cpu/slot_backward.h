@@ -1,7 +1,7 @@
 // The steps of slot attention backward on one tile of positions.
 #pragma once
 
-#include "slot_tiles.h"
+#include "slot_tile_rows.h"
 
 namespace objslot::OBJSLOT_ISA {
 
