@@ -151,8 +151,11 @@ OBJSLOT_INLINE void add_columns(const Matrix<T>& matrix, const T* sums, T* total
 template <class T>
 OBJSLOT_INLINE void scaled_row(const T* row, T scale, T offset, T x, const T* y, int64_t m, T* out) {
   for (int64_t j = 0; j < m; j += width<T>) {
-    const Vec<T> kernel = exp2<T>(fused(load_upto(row + j, m - j), broadcast(scale), broadcast(offset)));
-    store(out + j, x * (kernel * load(y + j)));
+    const int64_t left = m - j;
+    const Vec<T> kernel = exp2<T>(fused(load_upto(row + j, left), broadcast(scale), broadcast(offset)));
+    const Vec<T> value = x * (kernel * load(y + j));
+    // Beyond the end a row of negative scores has an infinite kernel.
+    store(out + j, left < width<T> ? keep_first<T>(value, left) : value);
   }
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import OPS, fill, make, mass
+from op_cases import OPS, check_error, fill, make, mass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from objslot import nn, ops
@@ -98,6 +98,18 @@ def test_denormal_numbers_are_numbers(op, backend, dtype):
     inputs = [x if x is None or is_mass(op, i) else x * scale for i, x in enumerate(clean.inputs)]
     for result in clean.run(inputs, backend=backend):
         assert result.isfinite().all()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_of_negative_scores_at_a_small_eps(op, backend, dtype):
+    """Beyond the end of such a row its kernel is infinite: nothing of it may reach the gradient."""
+    if op not in ("sinkhorn", "sinkhorn_potentials"):
+        pytest.skip("has no eps of scores")
+    sizes, masses, layouts = (9, 5, 1, 1, 1), ("none", "normal"), ["contiguous"] * 5
+    low = make(op, (3,), sizes, "normal", masses, layouts, dtype, 0, eps=1e-3, n_iters=3)
+    low.inputs[0] = low.inputs[0] - 5
+    check_error(low, dtype, backend)
 
 
 @EVERY
