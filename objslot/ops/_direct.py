@@ -1,7 +1,7 @@
 """Calls of the compiled CPU kernels without PyTorch's dispatcher.
 
-The dispatcher and a registered op run some ten thousand instructions of Python and C++ that a kernel has just
-driven out of the caches: for a small problem they take longer than the kernel.
+A registered op goes through much code that the kernels before it have driven out of the caches: for a small problem
+it takes longer than the kernel.
 """
 
 import torch
