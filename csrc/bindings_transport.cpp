@@ -47,13 +47,28 @@ TransportProblem transport_problem(std::array<Address, 3> tensors, std::array<in
   const bool some = batch > 0;
   return {element(type),
           element(type),
-          tensor(0, some), strides[0],
-          tensor(1, some), strides[1],
-          tensor(2, some && channels > 0), strides[2],
-          mass(0), mass_strides[0],
-          mass(1), mass_strides[1],
-          mass(2), mass_strides[2],
-          batch, n, m, features, channels, cosine, shortest, eps, n_iters, tol};
+          tensor(0, some),
+          strides[0],
+          tensor(1, some),
+          strides[1],
+          tensor(2, some && channels > 0),
+          strides[2],
+          mass(0),
+          mass_strides[0],
+          mass(1),
+          mass_strides[1],
+          mass(2),
+          mass_strides[2],
+          batch,
+          n,
+          m,
+          features,
+          channels,
+          cosine,
+          shortest,
+          eps,
+          n_iters,
+          tol};
 }
 
 }  // namespace
@@ -66,10 +81,10 @@ void bind_transport(py::module_& module) {
         const int64_t bytes = bytes_of(p.element), arithmetic = arithmetic_bytes_of(p.element);
         check_dense("out", out, bytes, {p.batch, p.n, p.channels});
         check_dense("error", error, arithmetic, {p.batch});
-        transport_forward(p,
-                          {elements("out", out, bytes, p.batch > 0 && p.channels > 0),
-                           elements("error", error, arithmetic, false)},
-                          checked_threads(threads));
+        transport_forward(
+            p,
+            {elements("out", out, bytes, p.batch > 0 && p.channels > 0), elements("error", error, arithmetic, false)},
+            checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
@@ -83,12 +98,12 @@ void bind_transport(py::module_& module) {
         check_dense("grad_values", grads[2], bytes, {p.batch, p.m, p.channels});
         check_dense("grad_a", grads[3], arithmetic, {p.batch, p.n});
         check_dense("grad_b", grads[4], arithmetic, {p.batch, p.m});
-        transport_backward(p,
-                           {elements("grad", grad, bytes, moved), elements("grad_x", grads[0], bytes, some),
-                            elements("grad_y", grads[1], bytes, some), elements("grad_values", grads[2], bytes, moved),
-                            elements("grad_a", grads[3], arithmetic, false),
-                            elements("grad_b", grads[4], arithmetic, false)},
-                           checked_threads(threads));
+        transport_backward(
+            p,
+            {elements("grad", grad, bytes, moved), elements("grad_x", grads[0], bytes, some),
+             elements("grad_y", grads[1], bytes, some), elements("grad_values", grads[2], bytes, moved),
+             elements("grad_a", grads[3], arithmetic, false), elements("grad_b", grads[4], arithmetic, false)},
+            checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
   py::class_<ResultMemory>(module, "ResultMemory", py::buffer_protocol())

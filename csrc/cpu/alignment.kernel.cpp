@@ -42,8 +42,8 @@ OBJSLOT_INLINE T least(const T* weights, int64_t count) {
 
 // products[w][r] = sum over j of rows[r][j] * weights_w[j], for two weights w.
 template <class T, int R>
-OBJSLOT_INLINE void dot_twice(const T* rows, int64_t stride, const T* first, const T* second, int64_t columns,
-                              T* one, T* two) {
+OBJSLOT_INLINE void dot_twice(const T* rows, int64_t stride, const T* first, const T* second, int64_t columns, T* one,
+                              T* two) {
   Vec<T> even[R] = {}, odd[R] = {};
   for (int64_t j = 0; j < columns; j += width<T>) {
     const Vec<T> a = load(first + j), b = load(second + j);
@@ -63,8 +63,8 @@ OBJSLOT_INLINE void dot_twice(const T* rows, int64_t stride, const T* first, con
 
 // sums_w[j] += sum over r of factors_w[r] * rows[r][j], for two factors w.
 template <class T, int R>
-OBJSLOT_INLINE void add_twice(const T* rows, int64_t stride, const T* first, const T* second, int64_t columns,
-                              T* one, T* two) {
+OBJSLOT_INLINE void add_twice(const T* rows, int64_t stride, const T* first, const T* second, int64_t columns, T* one,
+                              T* two) {
   Vec<T> a[R], b[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -123,8 +123,7 @@ OBJSLOT_INLINE void apply_rows(const T* kernel, int64_t row_step, int64_t step, 
     for (int64_t k = 0; k < count; ++k) {
       const Vec<T> weight = load(weights + k * lanes + c);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        total[r] = fused(broadcast(kernel[r * row_step + k * step]), weight, total[r]);
+      for (int r = 0; r < R; ++r) total[r] = fused(broadcast(kernel[r * row_step + k * step]), weight, total[r]);
     }
     const int64_t left = channels - c;
 #pragma GCC unroll 8
@@ -186,8 +185,7 @@ static bool solve_pair(const AlignmentProblem& p, int64_t clip, int64_t first, i
     const int64_t count = n - i < pair_rows ? n - i : pair_rows;
     for (int64_t r = i; r < i + count; ++r)
       set_row(w.forth.x, r,
-              exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr,
-                                         kernel + r * stride),
+              exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr, kernel + r * stride),
               T(0.25));
     add(i, count);
   }
@@ -227,17 +225,16 @@ static bool solve_pair(const AlignmentProblem& p, int64_t clip, int64_t first, i
   scale_values(values + second * n * channels, w.forth.y, n, channels, w.weights);
   int64_t i = 0;
   for (; i + value_rows <= n; i += value_rows)
-    apply_rows<T, value_rows>(kernel + i * stride, stride, 1, w.weights, n, channels, w.forth.x + i,
-                              value_rows, forth + i * channels);
+    apply_rows<T, value_rows>(kernel + i * stride, stride, 1, w.weights, n, channels, w.forth.x + i, value_rows,
+                              forth + i * channels);
   for (; i < n; ++i)
-    apply_rows<T, 1>(kernel + i * stride, stride, 1, w.weights, n, channels, w.forth.x + i, 1,
-                     forth + i * channels);
+    apply_rows<T, 1>(kernel + i * stride, stride, 1, w.weights, n, channels, w.forth.x + i, 1, forth + i * channels);
   scale_values(values + first * n * channels, w.back.x, n, channels, w.weights);
   // A vector is at least as wide as `half` columns, so the padding of the kernel is never left.
   constexpr int half = width<T> < value_rows ? width<T> : value_rows;
   for (int64_t j = 0; j < n; j += half)
-    apply_rows<T, half>(kernel + j, 1, stride, w.weights, n, channels, w.back.y + j,
-                        n - j < half ? n - j : half, back + j * channels);
+    apply_rows<T, half>(kernel + j, 1, stride, w.weights, n, channels, w.back.y + j, n - j < half ? n - j : half,
+                        back + j * channels);
   return true;
 }
 

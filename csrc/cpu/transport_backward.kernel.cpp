@@ -30,7 +30,8 @@ static void grad_values(const TransportProblem& p, const Stage<T>& s, void* out,
   T* moved = s.rows + team.worker * s.rows_size;
   for_groups(p.m, plan_rows, team, [&](int64_t first, int64_t count) {
     multiply<T>({s.plan + first, 1, p.m}, count, s.grad, lanes, p.n, moved, lanes, lanes);
-    for (int64_t r = 0; r < count; ++r) write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
+    for (int64_t r = 0; r < count; ++r)
+      write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
   });
 }
 
@@ -56,14 +57,13 @@ OBJSLOT_INLINE void through_unit(const TransportProblem& p, const Tokens<T>& sid
   T* target = direct ? static_cast<T*>(out) + i * d : g;
   const Vec<T> all = broadcast(inverse_length * scale);
   if (direct && streamed && reinterpret_cast<uintptr_t>(target) % OBJSLOT_VECTOR_BYTES == 0) {
-    for (int64_t k = 0; k < whole; k += width<T>)
-      stream(target + k, all * fused(share, load(row + k), load(g + k)));
+    for (int64_t k = 0; k < whole; k += width<T>) stream(target + k, all * fused(share, load(row + k), load(g + k)));
   } else {
     for (int64_t k = 0; k < whole; k += width<T>) store(target + k, all * fused(share, load(row + k), load(g + k)));
   }
   if (whole < d)
-    store_first(target + whole, all * fused(share, load_first(row + whole, d - whole), load_first(g + whole, d - whole)),
-                d - whole);
+    store_first(target + whole,
+                all * fused(share, load_first(row + whole, d - whole), load_first(g + whole, d - whole)), d - whole);
   if (!direct) write_element_row(p.element, out, i, d, g);
 }
 
@@ -82,8 +82,8 @@ static void towards_on_vectors(const TransportProblem& p, const Stage<T>& s, con
   const Tokens<T>& own = towards.own;
   T* panel = s.panel + team.worker * s.panel_size;
   for_groups(own.count, most_rows, team, [&](int64_t first, int64_t rows) {
-    const Factor<T> slope = towards.transposed ? Factor<T>{s.slope + first, 1, p.m}
-                                               : Factor<T>{s.slope + first * p.m, p.m, 1};
+    const Factor<T> slope =
+        towards.transposed ? Factor<T>{s.slope + first, 1, p.m} : Factor<T>{s.slope + first * p.m, p.m, 1};
     multiply<T>(slope, rows, towards.other.unit, features, towards.other.count, panel, features, p.features);
     for (int64_t r = 0; r < rows; ++r) {
       const T* unit = own.unit + (first + r) * features;
@@ -139,13 +139,12 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
   const float* lengths = E == Element::float32 || !p.cosine ? nullptr : other.factor;
   const float* scales = towards.transposed ? s.scale_m : s.scale_n;
   const float* inverse = scales + whole_tiles(own.count);
-  const Numbers slope{s.slope, p.m, p.n, p.m, towards.transposed ? lengths : scales,
-                      towards.transposed ? scales : lengths};
+  const Numbers slope{
+      s.slope, p.m, p.n, p.m, towards.transposed ? lengths : scales, towards.transposed ? scales : lengths};
   // Numbers of the half types are multiplied as they are, and the lengths with the slope.
   const Numbers right{other.base, p.features, other.count, p.features, lengths ? nullptr : other.factor};
   const bool streamed = p.batch * own.count * p.features * int64_t{4} > stream_bytes;
-  for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block)
-    lay_columns<E, R>(right, block, s.right);
+  for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) lay_columns<E, R>(right, block, s.right);
   team.wait();
   uint16_t* left = s.left + team.worker * s.left_size;
   float* buffer = s.rows + team.worker * s.rows_size;
@@ -156,8 +155,8 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
   int64_t next = 0, end = 0;
   const auto finish = [&](int64_t count) {
     for (int64_t stop = next + count < end ? next + count : end; next < stop; ++next, waiting += features)
-      through_unit(p, own, next, token_row(p, own, next, buffer), own.factor[next], inverse[next], waiting,
-                   towards.out, streamed);
+      through_unit(p, own, next, token_row(p, own, next, buffer), own.factor[next], inverse[next], waiting, towards.out,
+                   streamed);
   };
   for_groups(own.count, group, team, [&](int64_t first, int64_t rows) {
     const int64_t whole = whole_tiles(rows);
@@ -185,9 +184,8 @@ static void grad_tokens(const TransportProblem& p, const Stage<T>& s, const Towa
 #ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     if (tiles)
-      return with_element(p.element, [&](auto element) {
-        towards_on_tiles<decltype(element)::value>(p, s, towards, team);
-      });
+      return with_element(p.element,
+                          [&](auto element) { towards_on_tiles<decltype(element)::value>(p, s, towards, team); });
 #endif
   (void)tiles;
   towards_on_vectors(p, s, towards, team);
@@ -225,10 +223,10 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
     grad_values(p, s, part(result.values, p.m * p.channels, value), team);
   });
   // The gradient of the scores takes the place of that of the plan.
-  sinkhorn.backward.run(scores,
-                        {s.slope, 0, p.m, nullptr, nullptr, s.plan, history, s.slope, marginal(result.a, p.n),
-                         marginal(result.b, p.m)},
-                        s.sinkhorn, threads);
+  sinkhorn.backward.run(
+      scores,
+      {s.slope, 0, p.m, nullptr, nullptr, s.plan, history, s.slope, marginal(result.a, p.n), marginal(result.b, p.m)},
+      s.sinkhorn, threads);
   run([&](const Team& team) {
 #ifdef OBJSLOT_TILES
     if constexpr (sizeof(T) == 4)
@@ -259,8 +257,8 @@ static int64_t workspace(const TransportProblem& p, const SinkhornTables& sinkho
                                        : workspace_of<float>(p, sinkhorn, true, tiles, threads);
 }
 
-static void run(const TransportProblem& p, const TransportGradient& result, const SinkhornTables& sinkhorn,
-                bool tiles, void* workspace, int threads) {
+static void run(const TransportProblem& p, const TransportGradient& result, const SinkhornTables& sinkhorn, bool tiles,
+                void* workspace, int threads) {
   threads = useful_threads(p, threads);
   char* base = static_cast<char*>(workspace);
   p.element == Element::float64 ? move_all_back<double>(p, result, sinkhorn, tiles, base, threads)

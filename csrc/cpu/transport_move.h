@@ -65,7 +65,8 @@ static void apply(const TransportProblem& p, const Stage<T>& s, void* out, const
         plan.make(s.scores + (first + r) * s.stride, first + r, p.m, rows + r * columns);
     }
     multiply<T>({rows, columns, 1}, count, s.values, lanes, p.m, moved, lanes, lanes);
-    for (int64_t r = 0; r < count; ++r) write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
+    for (int64_t r = 0; r < count; ++r)
+      write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
   });
 }
 
@@ -76,8 +77,8 @@ static void move(const TransportProblem& p, const TransportResult& result, const
   const int64_t size = size_of(p.value_element);
   point_at(p, index, s);
   make_scores(p, s, tiles, false, run);
-  const SinkhornResult found{nullptr, nullptr, nullptr,
-                             result.error ? static_cast<T*>(result.error) + index : nullptr, history_of(s)};
+  const SinkhornResult found{nullptr, nullptr, nullptr, result.error ? static_cast<T*>(result.error) + index : nullptr,
+                             history_of(s)};
   sinkhorn.forward.forward(scores_problem<T>(p, index, s.scores, s.stride), found, s.sinkhorn, threads);
   if (p.channels == 0) return;
   run([&](const Team& team) {

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "objslot/transport.h"
-
 #include "sinkhorn_log.h"
 #include "tile_products.h"
 #include "token_lengths.h"
@@ -26,8 +25,8 @@ template <class T>
 struct Tokens {
   const void* base;  // (count, features)
   int64_t count;
-  T* factor;  // (count): one over the length, or 1 for dot products
-  T* unit;    // (count, padded features), where products are made on vectors: tokens times factor
+  T* factor;             // (count): one over the length, or 1 for dot products
+  T* unit;               // (count, padded features), where products are made on vectors: tokens times factor
   float *square, *size;  // (count), where products are made on tiles: see RowSizes
 };
 
@@ -35,19 +34,19 @@ struct Tokens {
 template <class T>
 struct Stage {
   Tokens<T> x, y;
-  int64_t stride;     // of the scores
-  T* scores;          // (n, stride), both rounded up to whole tiles
-  T* history_f;       // (1 + n_iters, n)
-  T* history_g;       // (n_iters, m)
-  int64_t count;      // as in SinkhornHistory
-  T* values;          // (m, lanes of the channels)
-  uint16_t* right;    // the right factor of a product on tiles
-  T* transposed;      // (features, columns) of y, where products are made on vectors
+  int64_t stride;   // of the scores
+  T* scores;        // (n, stride), both rounded up to whole tiles
+  T* history_f;     // (1 + n_iters, n)
+  T* history_g;     // (n_iters, m)
+  int64_t count;    // as in SinkhornHistory
+  T* values;        // (m, lanes of the channels)
+  uint16_t* right;  // the right factor of a product on tiles
+  T* transposed;    // (features, columns) of y, where products are made on vectors
   // Backward alone.
-  T* plan;        // (n, m)
-  T* slope;       // (n, m): gradient of the plan, then of the scores
-  T* grad;        // (n, lanes of the channels)
-  T* crossed;     // (channels, columns): the values, transposed
+  T* plan;         // (n, m)
+  T* slope;        // (n, m): gradient of the plan, then of the scores
+  T* grad;         // (n, lanes of the channels)
+  T* crossed;      // (channels, columns): the values, transposed
   float* scale_n;  // (2, n): powers of two that bring the rows of the slope near 1, and their inverses
   float* scale_m;  // (2, m): the same of the columns
   float* tops;     // (threads, m)
@@ -104,9 +103,14 @@ static SinkhornProblem scores_problem(const TransportProblem& p, int64_t index, 
   const auto part = [&](const void* base, int64_t step) {
     return base ? static_cast<const T*>(base) + index * step : nullptr;
   };
-  return {scores, sizeof(T) == 8 ? Element::float64 : Element::float32, 1, p.n, p.m, 0, stride,
-          part(p.a, p.a_stride), 0, part(p.b, p.b_stride), 0, part(p.start, p.start_stride), 0,
-          p.eps, p.n_iters, p.tol};
+  return {scores,    sizeof(T) == 8 ? Element::float64 : Element::float32,
+          1,         p.n,
+          p.m,       0,
+          stride,    part(p.a, p.a_stride),
+          0,         part(p.b, p.b_stride),
+          0,         part(p.start, p.start_stride),
+          0,         p.eps,
+          p.n_iters, p.tol};
 }
 
 // `threads` work on the element together.
@@ -145,8 +149,7 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
   const int64_t panel_rows = round_up(longest, 32) < 2 * most_rows ? round_up(longest, 32) : 2 * most_rows;
   s.panel_size = backward ? panel_rows * whole_features : 0;
   s.left_size = !tiles ? 0 : left_words(p.features, m);
-  if (tiles && backward && left_words(longest, p.features) > s.left_size)
-    s.left_size = left_words(longest, p.features);
+  if (tiles && backward && left_words(longest, p.features) > s.left_size) s.left_size = left_words(longest, p.features);
   s.rows = arena.take<T>(threads * s.rows_size);
   s.panel = arena.take<T>(threads * s.panel_size);
   const SinkhornProblem scores = scores_problem<T>(p, 0, s.scores, s.stride);
@@ -225,8 +228,7 @@ static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, cons
   make_units(p, s.y, buffer, team);
   team.wait();
   const int64_t first = team.begin((p.features + 15) / 16) * 16, last = team.end((p.features + 15) / 16) * 16;
-  transpose(s.y.unit, p.m, p.features, features, s.transposed, columns, first,
-            last < p.features ? last : p.features);
+  transpose(s.y.unit, p.m, p.features, features, s.transposed, columns, first, last < p.features ? last : p.features);
   team.wait();
   for_groups(p.n, p.n, team, [&](int64_t from, int64_t rows) {
     multiply<T>({s.x.unit + from * features, features, 1}, rows, s.transposed, columns, p.features,
@@ -243,8 +245,8 @@ static void find_factors(const TransportProblem& p, const Tokens<float>& side, i
   for (int64_t i = first; i < first + rows; i += 16) {
     const __mmask16 lanes = lanes_upto(first + rows - i);
     const __m512 square = _mm512_maskz_loadu_ps(lanes, side.square + i);
-    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_max_ps(_mm512_set1_ps(shortest),
-                                                                                           square)));
+    const __m512 factor =
+        _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_max_ps(_mm512_set1_ps(shortest), square)));
     _mm512_mask_storeu_ps(side.factor + i, lanes, p.cosine ? factor : _mm512_set1_ps(1.f));
     // Squares this small may be of numbers whose squares are no longer held in full.
     if (p.cosine && _mm512_mask_cmp_ps_mask(lanes, square, _mm512_set1_ps(1e-20f), _CMP_LT_OQ))

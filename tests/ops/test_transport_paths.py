@@ -9,7 +9,7 @@ import torch
 
 from objslot.ops import _native
 from objslot.ops._arithmetic import compute_dtype
-from objslot.ops.transport import reference, sinkhorn_transport
+from objslot.ops.transport import alignment, reference, sinkhorn_transport
 
 pytestmark = pytest.mark.skipif(_native.load() is None, reason="needs the compiled module")
 
@@ -128,6 +128,26 @@ def test_repeats_to_the_bit_with_any_number_of_threads(dtype, batch):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+@pytest.mark.parametrize("frames", [2, 3, 4, 5, 6])
+def test_alignment_of_frames_on_tiles_and_on_vectors(clips, frames):
+    """One frame is too large for tiles: pairs with it are made on vectors, between others that are not."""
+    source = torch.Generator().manual_seed(0)
+    tokens, values = (torch.randn(clips, frames, 40, width, generator=source) for width in (48, 6))
+    tokens[:, frames // 2] *= BEYOND_TILES
+    exact = reference.alignment(tokens.double(), values.double())
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(alignment(tokens, values, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert (results[0].double() - exact).norm() <= 1e-5 * exact.norm()
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 SCRIPT = """
