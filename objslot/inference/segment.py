@@ -153,9 +153,9 @@ class RegionDrawing:
 def draw_regions(regions: VideoRegions, video: Video, *, merge_foreground: bool = False) -> RegionDrawing:
     """Select tracks among the regions, to be drawn frame by frame at the size of the video.
 
-    With `merge_foreground` figure and ground are told apart position by position (`figure_evidence`): the figure is
-    track 1, and what remains of each semantics a track of its own. The partition then holds the instances inside the
-    figure and, numbered after them, the semantics outside it.
+    With `merge_foreground` figure and ground are told apart position by position (`figure_evidence`) and parted where
+    the picture has its edges (`refine`): the figure is track 1, and what remains of each semantics a track of its own.
+    The partition then holds the instances inside the figure and, numbered after them, the semantics outside it.
     """
     choose = select_figure if merge_foreground else select
     selection = choose(regions.statistics, regions.semantics)
