@@ -102,6 +102,7 @@ def main() -> int:
         time.sleep(0.1)
     after = held()
     samples = np.array(sampler.samples)
+    np.savetxt(root / "samples.csv", samples, "%.1f", ",", header="seconds,megabytes,open files,threads", comments="")
     growth, noise = slope(samples)
     later = samples[len(samples) // 4 :]
     steps = sum(1 for _ in open(root / "run" / "metrics.jsonl"))

@@ -49,16 +49,17 @@ static void round_keys(const float* rows, int64_t stride, int64_t count, int64_t
 
 // Which of `count` keys may have a cosine above the threshold of one of 16 queries; their number.
 template <int64_t Lanes>
-OBJSLOT_INLINE int64_t candidates(const float* products, const float* lengths, const float* threshold,
-                                  int64_t count, uint8_t* found) {
+OBJSLOT_INLINE int64_t candidates(const float* products, const float* lengths, const float* threshold, int64_t count,
+                                  uint8_t* found) {
   const __m512 least = _mm512_loadu_ps(threshold);
-  const __mmask16 settled = _mm512_cmp_ps_mask(least, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_EQ_OQ);
+  const __mmask16 settled =
+      _mm512_cmp_ps_mask(least, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_EQ_OQ);
   int64_t number = 0;
   for (int64_t j = 0; j < count; ++j) {
     const float inverse = lengths[j];
     const bool told_apart = inverse > 1 / longest_rough && inverse < 1 / shortest_rough;
-    const __m512 most = _mm512_fmadd_ps(_mm512_loadu_ps(products + j * Lanes), _mm512_set1_ps(inverse),
-                                        _mm512_set1_ps(rough_margin));
+    const __m512 most =
+        _mm512_fmadd_ps(_mm512_loadu_ps(products + j * Lanes), _mm512_set1_ps(inverse), _mm512_set1_ps(rough_margin));
     // Written so that NaN counts as above.
     const unsigned below = settled | _mm512_cmp_ps_mask(most, least, _CMP_LE_OQ);
     found[number] = static_cast<uint8_t>(j);

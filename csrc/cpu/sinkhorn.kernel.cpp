@@ -9,9 +9,8 @@ namespace objslot::OBJSLOT_ISA {
 
 // The kernel of one thread is kept up to this many bytes, and always where exponentials are slow.
 template <class T>
-constexpr int64_t most_kept = OBJSLOT_VECTOR_BYTES == 64 && sizeof(T) == 4
-                                  ? int64_t{1} << 20
-                                  : std::numeric_limits<int64_t>::max();
+constexpr int64_t most_kept =
+    OBJSLOT_VECTOR_BYTES == 64 && sizeof(T) == 4 ? int64_t{1} << 20 : std::numeric_limits<int64_t>::max();
 template <class T>
 struct State {
   T* kernel;            // (n, columns): 2^(scores * scale + offset of the row), at most about 1; or null
@@ -54,8 +53,7 @@ static State<T> lay_out(Arena& arena, const SinkhornProblem& p, int threads, int
 
 // A sum below limit * (largest weight) may lack terms that the exponential rounded to zero.
 template <class T>
-constexpr T range_limit =
-    sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
+constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
 
 // The plan of an earlier matrix that waits to be written.
 template <class T>
@@ -80,8 +78,7 @@ OBJSLOT_INLINE void add_block(const T* kernel, int64_t columns, const T* x, int6
 
 // First iteration, rows: makes the kernel, x and the column sums of one chunk.
 template <class T>
-OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T* rows,
-                                Pending<T>& pending) {
+OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T* rows, Pending<T>& pending) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   const T limit = T(matrix.m) * range_limit<T>;
@@ -115,8 +112,7 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
 
 // Further iterations: one sweep serves the rows and the columns. Also the error of the iteration before.
 template <class T>
-OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, T* rows,
-                               Prefetch& ahead) {
+OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T limit, T* rows, Prefetch& ahead) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   T* sums = s.sums + chunk * columns;
@@ -129,14 +125,12 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
     T totals[sweep_rows];
     if (!s.kernel)
       for (int64_t r = 0; r < count; ++r)
-        totals[r] =
-            exponentiate_row<T, true>(matrix.row(i + r, rows + sweep_rows * columns), matrix.scale,
-                                      s.offset[i + r], matrix.m, s.y, rows + r * columns);
+        totals[r] = exponentiate_row<T, true>(matrix.row(i + r, rows + sweep_rows * columns), matrix.scale,
+                                              s.offset[i + r], matrix.m, s.y, rows + r * columns);
     else if (count == sweep_rows)
       dot_rows<T, sweep_rows>(kernel, columns, s.y, columns, totals);
     else
-      for (int64_t r = 0; r < count; ++r)
-        dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
+      for (int64_t r = 0; r < count; ++r) dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
     for (int64_t r = 0; r < count; ++r) {
       const T mass = matrix.a_at(i + r);
       lost |= !(totals[r] > limit) && mass != T(0);
@@ -221,9 +215,8 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   const bool early = p.tol >= 0;
   T* rows = s.rows + team.worker * (sweep_rows + 1) * matrix.columns;
   if (matrix.start) alone(team, [&] { first_scaling(matrix, s.y); });
-  for_chunks(matrix, team, [&](int64_t chunk) __attribute__((always_inline)) {
-    first_chunk(matrix, s, chunk, rows, pending);
-  });
+  for_chunks(matrix, team,
+             [&](int64_t chunk) __attribute__((always_inline)) { first_chunk(matrix, s, chunk, rows, pending); });
   pending.finish();
   if (!set_columns(matrix, s, s.x, team)) return false;
 
@@ -236,9 +229,8 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   while (count < p.n_iters || early || result.error) {
     const T limit = largest(s.y, matrix.m) * T(matrix.m) * range_limit<T>;
     backwards = !backwards;
-    for_chunks(matrix, team, backwards, [&](int64_t chunk) __attribute__((always_inline)) {
-      next_chunk(matrix, s, chunk, limit, rows, ahead);
-    });
+    for_chunks(matrix, team, backwards,
+               [&](int64_t chunk) __attribute__((always_inline)) { next_chunk(matrix, s, chunk, limit, rows, ahead); });
     error = add_up(s.gaps, matrix.chunks());
     if (count == p.n_iters || (early && !(error > T(p.tol)))) break;
     // The sums belong to the next iteration already.
@@ -257,8 +249,9 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   if (!result.plan) return true;
   const bool streamed = p.batch * p.n * p.m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
   const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
-  const PlanRows<T> plan{&matrix, s.kernel, s.offset, s.x, s.y,
-                         static_cast<char*>(result.plan) + keeper.index * p.n * p.m * size, streamed};
+  const PlanRows<T> plan{&matrix, s.kernel, s.offset,
+                         s.x,     s.y,      static_cast<char*>(result.plan) + keeper.index * p.n * p.m * size,
+                         streamed};
   if (s.kernel && team.size == 1) {
     pending = {plan, 0, matrix.n, rows};
     return true;
@@ -271,8 +264,7 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
 
 // The whole of one matrix in the log domain.
 template <class T>
-static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper,
-                                const Team& team) {
+static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keeper<T>& keeper, const Team& team) {
   const SinkhornProblem& p = keeper.p;
   const SinkhornResult& result = keeper.result;
   const bool early = p.tol >= 0;
@@ -328,8 +320,7 @@ static void solve_by_logarithms(const Matrix<T>& matrix, State<T>& s, const Keep
   visit_plan([&](int64_t, int64_t i, T* row) {
     const int64_t offset = (keeper.index * matrix.n + i) * matrix.m;
     if constexpr (sizeof(T) == 4)
-      if (matrix.element != Element::float32)
-        return write_half_row(row, result.plan, matrix.element, offset, matrix.m);
+      if (matrix.element != Element::float32) return write_half_row(row, result.plan, matrix.element, offset, matrix.m);
     copy_row(static_cast<T*>(result.plan) + offset, row, matrix.m, false);
   });
 }
@@ -355,8 +346,7 @@ template <class T>
 static Prefetch fetch_next(const SinkhornProblem& p, int64_t index) {
   Prefetch ahead;
   const int64_t size = sizeof(T);
-  if (p.n * padded<T>(p.m) * size > prefetch_bytes || p.element == Element::float16 ||
-      p.element == Element::bfloat16)
+  if (p.n * padded<T>(p.m) * size > prefetch_bytes || p.element == Element::float16 || p.element == Element::bfloat16)
     return ahead;
   return Prefetch::of(static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * size,
                       ((p.n - 1) * p.row_stride + p.m) * size, p.n_iters - 1, (p.n + sweep_rows - 1) / sweep_rows);
@@ -397,8 +387,7 @@ static void solve(const SinkhornProblem& p, const SinkhornResult& result, void* 
       State<T> s = lay_out<T>(arena, p, threads, 1);
       const Keeper<T> keeper{p, result, index};
       const Prefetch ahead = index + 1 < end ? fetch_next<T>(p, index) : Prefetch{};
-      if (!solve_by_scaling(matrix, s, keeper, ahead, pending, Team{}))
-        solve_by_logarithms(matrix, s, keeper, Team{});
+      if (!solve_by_scaling(matrix, s, keeper, ahead, pending, Team{})) solve_by_logarithms(matrix, s, keeper, Team{});
       // The only state is used again.
       if (both == 1) pending.finish();
     }

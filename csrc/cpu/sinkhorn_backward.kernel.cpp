@@ -50,8 +50,8 @@ static void prepare(const Gradients<T>& g, Work<T>& w, int64_t t) {
 
 // Rows of iteration t: from the products with q to p.
 template <class T>
-OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows,
-                              const T* products, T* factors) {
+OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows, const T* products,
+                              T* factors) {
   const int64_t rank = 2 * g.count;
   for (int64_t r = 0; r < rows; ++r) {
     T* left = w.left + (i + r) * rank + 2 * t;
@@ -64,8 +64,8 @@ OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int6
 }
 
 template <class T>
-OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights,
-                                     int64_t m, T* products) {
+OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights, int64_t m,
+                                     T* products) {
   if (rows == sweep_rows)
     dot_rows<T, sweep_rows>(plan.at(i), plan.stride, weights, m, products);
   else if (rows == block)
@@ -76,9 +76,8 @@ OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t row
 
 // R rows by C vectors of plan / eps * (gradient - left right).
 template <class T, int R, int C, bool Streamed>
-OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left,
-                                 const T* right, int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps,
-                                 T* const* out) {
+OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left, const T* right,
+                                 int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps, T* const* out) {
   Vec<T> value[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -108,9 +107,8 @@ OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient,
 }
 
 template <class T, int R, bool Streamed>
-OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, const T* left,
-                                 const T* right, int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps,
-                                 T* const* out) {
+OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, const T* left, const T* right,
+                                 int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps, T* const* out) {
   constexpr int C = OBJSLOT_VECTOR_BYTES == 64 ? 4 : 2;
   const int64_t m = matrix.m, columns = matrix.columns;
   int64_t j = 0;
@@ -134,24 +132,22 @@ OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, 
                                const T* holes, T* out) {
   for (int64_t j = 0; j < matrix.m; j += width<T>) {
     const Vec<T> scores = load_upto(row + j, matrix.m - j);
-    const Vec<T> value =
-        factor * matrix.inverse_eps * load(first + j) *
-        exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
+    const Vec<T> value = factor * matrix.inverse_eps * load(first + j) *
+                         exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
     store(out + j, load(holes + j) == T(0) ? load(out + j) : value);
   }
 }
 
 // The last sweep: iteration 0 and the gradient of the scores.
 template <class T>
-static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient,
-                   bool backwards, const Team& team) {
+static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const Rows<T>& gradient, bool backwards,
+                   const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns, rank = 2 * g.count;
   const bool streamed = g.p.batch * g.p.n * m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
   bool holes = false;
   for (int64_t j = 0; j < m; ++j) holes |= w.holes[j] != T(0);
-  const bool aligned =
-      m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
+  const bool aligned = m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
   const bool direct = !g.half() && !holes && aligned;
   const Vec<T> inverse_eps = broadcast(matrix.inverse_eps);
   for_chunks(matrix, team, backwards, [&](int64_t chunk) {
@@ -167,15 +163,13 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
       for (int64_t r = 0; r < rows; ++r) {
         plan_rows[r] = plan.at(i + r);
         gradient_rows[r] = gradient.at(i + r);
-        out[r] = direct ? static_cast<T*>(g.out.grad_scores) + (g.index * matrix.n + i + r) * m
-                        : buffer + r * columns;
+        out[r] = direct ? static_cast<T*>(g.out.grad_scores) + (g.index * matrix.n + i + r) * m : buffer + r * columns;
       }
       const T* left = w.left + i * rank;
       if (rows == block && direct && streamed)
         correct_rows<T, block, true>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
       else if (rows == block)
-        correct_rows<T, block, false>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps,
-                                      out);
+        correct_rows<T, block, false>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
       else
         for (int64_t r = 0; r < rows; ++r)
           correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix,
@@ -228,15 +222,13 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
         if (rows == sweep_rows)
           add_rows<T, sweep_rows>(plan.at(i), plan.stride, factors, m, sums);
         else
-          for (int64_t r = 0; r < rows; ++r)
-            add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
+          for (int64_t r = 0; r < rows; ++r) add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
         g.advance();
       }
     });
     alone(team, [&] {
       add_columns(matrix, w.sums, w.grad_g);
-      for (int64_t j = 0; j < columns; j += width<T>)
-        store(w.grad_g + j, -load(w.grad_g + j) * load(q + columns + j));
+      for (int64_t j = 0; j < columns; j += width<T>) store(w.grad_g + j, -load(w.grad_g + j) * load(q + columns + j));
       prepare(g, w, t - 1);
     });
   }
@@ -256,8 +248,8 @@ static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t 
   if (more && !half && bytes <= prefetch_bytes && out.plan && out.grad_plan && out.grad_row_stride == p.m) {
     const int64_t blocks = (p.n + sweep_rows - 1) / sweep_rows;
     ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes, count, blocks);
-    ahead[1] = Prefetch::of(
-        static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes, count, blocks);
+    ahead[1] = Prefetch::of(static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes,
+                            count, blocks);
   }
   const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0, ahead};
   alone(team, [&] {
@@ -315,8 +307,7 @@ static int64_t backward_workspace(const SinkhornProblem& p, int threads) {
 
 static void backward(const SinkhornProblem& p, const SinkhornGradient& out, void* workspace, int threads) {
   threads = useful_threads(p, threads);
-  p.element == Element::float64 ? solve<double>(p, out, workspace, threads)
-                                : solve<float>(p, out, workspace, threads);
+  p.element == Element::float64 ? solve<double>(p, out, workspace, threads) : solve<float>(p, out, workspace, threads);
 }
 
 }  // namespace objslot::OBJSLOT_ISA

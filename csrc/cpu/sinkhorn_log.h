@@ -38,25 +38,21 @@ OBJSLOT_INLINE T row_potential(const T* row, T scale, const T* g, int64_t m, T l
   Vec<T> tops = broadcast(lowest_finite<T>);
   const Vec<T> scales = broadcast(scale);
   const int64_t whole = m / width<T> * width<T>;
-  for (int64_t j = 0; j < whole; j += width<T>)
-    tops = larger(fused(load(row + j), scales, load(g + j)), tops);
+  for (int64_t j = 0; j < whole; j += width<T>) tops = larger(fused(load(row + j), scales, load(g + j)), tops);
   // The padding of g is minus infinity.
   if (whole < m) tops = larger(fused(load_first(row + whole, m - whole), scales, load(g + whole)), tops);
   const T top = largest_lane<T>(tops);
   const Vec<T> base = broadcast(-top);
   Vec<T> sum{};
-  for (int64_t j = 0; j < whole; j += width<T>)
-    sum += exponential<T>(fused(load(row + j), scales, base) + load(g + j));
-  if (whole < m)
-    sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, base) + load(g + whole));
+  for (int64_t j = 0; j < whole; j += width<T>) sum += exponential<T>(fused(load(row + j), scales, base) + load(g + j));
+  if (whole < m) sum += exponential<T>(fused(load_first(row + whole, m - whole), scales, base) + load(g + whole));
   const T total = sum_lanes<T>(sum);
   if (total == T(0)) return -std::numeric_limits<T>::infinity();
   return (log_mass - logarithm<T>(broadcast(total))[0]) - top;
 }
 
 template <class T>
-OBJSLOT_INLINE void log_rows_chunk(const Matrix<T>& matrix, const LogState<T>& state, int64_t chunk,
-                                   int worker) {
+OBJSLOT_INLINE void log_rows_chunk(const Matrix<T>& matrix, const LogState<T>& state, int64_t chunk, int worker) {
   const T infinity = std::numeric_limits<T>::infinity();
   const int64_t m = matrix.m, columns = matrix.columns;
   T* tops = state.tops + chunk * columns;
@@ -98,12 +94,11 @@ OBJSLOT_INLINE void log_columns(const Matrix<T>& matrix, const LogState<T>& stat
   const T infinity = std::numeric_limits<T>::infinity();
   for (int64_t j = 0; j < matrix.columns; j += width<T>) {
     Vec<T> top = load(state.tops + j);
-    for (int64_t c = 1; c < matrix.chunks(); ++c)
-      top = larger(load(state.tops + c * matrix.columns + j), top);
+    for (int64_t c = 1; c < matrix.chunks(); ++c) top = larger(load(state.tops + c * matrix.columns + j), top);
     Vec<T> sum{};
     for (int64_t c = 0; c < matrix.chunks(); ++c)
-      sum += load(state.sums + c * matrix.columns + j) *
-             exponential<T>(load(state.tops + c * matrix.columns + j) - top);
+      sum +=
+          load(state.sums + c * matrix.columns + j) * exponential<T>(load(state.tops + c * matrix.columns + j) - top);
     const int64_t left = matrix.m - j;
     Vec<T> mass = broadcast(matrix.b0);
     if (matrix.b) mass = left < width<T> ? load_first(matrix.b + j, left) : load(matrix.b + j);

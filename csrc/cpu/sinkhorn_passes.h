@@ -118,8 +118,7 @@ struct Prefetch {
     return {data, data + bytes, (bytes / (sweeps * blocks) + 63) / 64 * 64};
   }
   OBJSLOT_INLINE_MEMBER void advance() {
-    for (const char* stop = next + step; next < stop && next < end; next += 64)
-      __builtin_prefetch(next, 0, 2);
+    for (const char* stop = next + step; next < stop && next < end; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 
@@ -136,8 +135,7 @@ OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, in
   if (whole < m) {
     const Vec<T> weight = load(weights + whole);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
+    for (int r = 0; r < R; ++r) total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r] = sum_lanes<T>(total[r]);

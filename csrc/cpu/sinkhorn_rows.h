@@ -66,8 +66,7 @@ OBJSLOT_INLINE void scale_row(const T* kernel, T x, const T* y, T* target, int64
 
 // The same from the scores.
 template <class T>
-OBJSLOT_INLINE void fresh_row(const T* row, T scale, T shift, T x, const T* y, int64_t m, T* target,
-                               bool streamed) {
+OBJSLOT_INLINE void fresh_row(const T* row, T scale, T shift, T x, const T* y, int64_t m, T* target, bool streamed) {
   const Vec<T> scales = broadcast(scale), shifts = broadcast(shift), factor = broadcast(x);
   for_vectors(target, m, streamed, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
     const Vec<T> kernel = exp2<T>(fused(load_upto(row + j, count), scales, shifts));

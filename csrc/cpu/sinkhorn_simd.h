@@ -224,10 +224,10 @@ struct Exponent<float> {
   // Minimax in the relative error for 2^r, 2e-9 before rounding: on [0, 1) where the instruction set takes the
   // fraction of a number in one step, on [-1/2, 1/2] otherwise.
 #if defined(__AVX512F__)
-  static constexpr float series[] = {1.f,           0.69314706f,   0.24022931f,    0.055485297f,
+  static constexpr float series[] = {1.f,           0.69314706f,   0.24022931f,   0.055485297f,
                                      0.0096754190f, 0.0012468151f, 0.00021611869f};
 #else
-  static constexpr float series[] = {1.f,           0.69314718f,   0.24022648f,    0.055503327f,
+  static constexpr float series[] = {1.f,           0.69314718f,   0.24022648f,   0.055503327f,
                                      0.0096184555f, 0.0013398811f, 0.00015348705f};
 #endif
 };
@@ -292,8 +292,8 @@ template <class T>
 OBJSLOT_INLINE Vec<T> log2(Vec<T> x) {
   using E = Exponent<T>;
   // The bits of sqrt(1/2).
-  constexpr auto root_half = static_cast<typename Lanes<T>::Integer>(
-      sizeof(T) == 4 ? int64_t{0x3f3504f3} : int64_t{0x3fe6a09e667f3bcd});
+  constexpr auto root_half =
+      static_cast<typename Lanes<T>::Integer>(sizeof(T) == 4 ? int64_t{0x3f3504f3} : int64_t{0x3fe6a09e667f3bcd});
   const Bits<T> bits = (Bits<T>)x;
   const Bits<T> exponent = (bits - root_half) >> E::mantissa_bits;
   const Vec<T> mantissa = (Vec<T>)(bits - (exponent << E::mantissa_bits));
@@ -341,12 +341,10 @@ OBJSLOT_INLINE const T* read_row(const void* base, Element type, int64_t offset,
       int64_t j = 0;
 #if defined(__AVX512F__)
       for (; j + 16 <= count; j += 16)
-        _mm512_storeu_ps(buffer + j,
-                         _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j))));
+        _mm512_storeu_ps(buffer + j, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j))));
 #elif defined(__AVX2__)
       for (; j + 8 <= count; j += 8)
-        _mm256_storeu_ps(buffer + j,
-                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
+        _mm256_storeu_ps(buffer + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
 #endif
       for (; j < count; ++j) {
         _Float16 half;
@@ -360,8 +358,7 @@ OBJSLOT_INLINE const T* read_row(const void* base, Element type, int64_t offset,
 }
 
 // The other way round for the half types.
-OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, int64_t offset,
-                                   int64_t count) {
+OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, int64_t offset, int64_t count) {
   uint16_t* target = static_cast<uint16_t*>(base) + offset;
   if (type == Element::bfloat16) {
     for (int64_t j = 0; j < count; ++j) target[j] = to_bfloat16(row[j]);
@@ -370,14 +367,12 @@ OBJSLOT_INLINE void write_half_row(const float* row, void* base, Element type, i
   int64_t j = 0;
 #if defined(__AVX512F__)
   for (; j + 16 <= count; j += 16)
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(target + j),
-        _mm512_cvtps_ph(_mm512_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + j),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   for (; j + 8 <= count; j += 8)
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(target + j),
-        _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #endif
   for (; j < count; ++j) {
     const _Float16 half = static_cast<_Float16>(row[j]);

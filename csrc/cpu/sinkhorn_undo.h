@@ -161,8 +161,8 @@ OBJSLOT_INLINE void scaled_row(const T* row, T scale, T offset, T x, const T* y,
 
 // grad_f and the column sums of plan * grad_plan for R rows; the smallest entry of the plan into `low`.
 template <class T, int R>
-OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient, const T* holes, int64_t m,
-                                  T* grad_f, T* sums, Vec<T>& low) {
+OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient, const T* holes, int64_t m, T* grad_f,
+                                  T* sums, Vec<T>& low) {
   Vec<T> total[R] = {};
   for (int64_t j = 0; j < m; j += width<T>) {
     const int64_t left = m - j;
@@ -192,8 +192,7 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
   if (made)
     alone(team, [&] {
       const T* last_y = g.y(g.count - 1);
-      for (int64_t j = 0; j < columns; ++j)
-        w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
+      for (int64_t j = 0; j < columns; ++j) w.scaled_g[j] = j < m ? last_y[j] : g.logarithms ? minus_infinity<T> : T(0);
     });
   const int worker = team.worker;
   for_chunks(matrix, team, [&](int64_t chunk) {

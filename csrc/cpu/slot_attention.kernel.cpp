@@ -84,8 +84,8 @@ OBJSLOT_INLINE void weigh(const Layout& layout, const ForwardScratch<T>& s) {
 }
 
 template <class T>
-static void write_logits(const SlotAttentionProblem& p, const Layout& layout, const ForwardScratch<T>& s,
-                         int64_t batch, int64_t begin, int64_t count, void* logits) {
+static void write_logits(const SlotAttentionProblem& p, const Layout& layout, const ForwardScratch<T>& s, int64_t batch,
+                         int64_t begin, int64_t count, void* logits) {
   for (int64_t g = 0; g < p.groups; ++g)
     for (int64_t i = 0; i < p.slots; ++i) {
       const T* column = s.weights + g * layout.step + i;
@@ -103,8 +103,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
                           ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
   const int64_t sums_width = sums_stride<T>(p);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
-  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736),
-                     s.buffer, s.qt);
+  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.buffer,
+                     s.qt);
   clear(s.sums, sums_rows<T>(p, layout) * sums_width);
   clear(s.mass, layout.lanes);
   for (int64_t from = begin; from < end; from += tile) {
@@ -112,10 +112,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     find_live<T>(p, layout, batch, from, count, s.buffer, s.live);
     int64_t key_stride, value_stride;
     const T* keys = live_keys<T>(p, batch, from, s.live, s.keys, &key_stride);
-    const Ahead next_keys =
-        ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
-    const Ahead next_values =
-        ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
+    const Ahead next_keys = ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
+    const Ahead next_values = ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
     dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, next_values);
     if (r.logits) write_logits<T>(p, layout, s, batch, from, count, r.logits);
     with_step<T>(layout, [&](auto step) { weigh<T, step()>(layout, s); });
@@ -124,8 +122,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     if (p.v)
       rows = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
                           s.live, s.values, &value_stride);
-    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums,
-              sums_width, next_keys);
+    gather<T>(s.weights, layout.lanes, layout.rows, s.live.count, rows, value_stride, p.value_width, s.sums, sums_width,
+              next_keys);
   }
 }
 
@@ -164,8 +162,7 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
     rows.ahead = tile_ahead(p.v, p.element, values, p.v_row_stride, p.value_width, from, end);
     multiply_rows<P>(rows, s.packed, lanes, s.words, s.weights);
     if (!finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false)) return false;
-    if (r.logits)
-      write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
+    if (r.logits) write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
     with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s); });
     pack_weights<P>(s.weights, s.live.count, lanes, s.packed_weights);
     if (p.v) point_to(rows, p.v, p.element, values, p.v_row_stride, p.value_width, from, s.live);

@@ -35,9 +35,8 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
   prepare<T>(p, r, layout, s, batch);
 #ifdef OBJSLOT_SLOT_TILES
   if constexpr (sizeof(T) == 4)
-    tiled = tiled && with_precision(p.element, [&](auto precision) {
-              return prepare_tiles<precision()>(p, layout, s);
-            });
+    tiled =
+        tiled && with_precision(p.element, [&](auto precision) { return prepare_tiles<precision()>(p, layout, s); });
 #endif
   const bool stream_keys = streams<T>(p, r.grad_k, p.width, tiled);
   const bool stream_values = streams<T>(p, r.grad_v, p.value_width, tiled);
@@ -51,8 +50,8 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
       keys = values = live_keys<T>(p, batch, from, s.live, s.keys, &key_stride);
       value_stride = key_stride;
       if (p.v)
-        values = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride,
-                              p.value_width, s.live, s.values, &value_stride);
+        values = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
+                              s.live, s.values, &value_stride);
     };
     bool on_tiles = false;
 #ifdef OBJSLOT_SLOT_TILES
@@ -147,8 +146,7 @@ static int64_t backward_plan(const SlotAttentionProblem& p, int threads, char* b
 }
 
 template <class T>
-static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradient& r, void* workspace,
-                         int threads) {
+static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradient& r, void* workspace, int threads) {
   const Layout layout = layout_of<T>(p.groups, p.slots);
   const int64_t shares = shares_of(p.positions), keys = grad_q_stride<T>(p);
   const int64_t one = layout.lanes * (keys + 1);

@@ -114,8 +114,8 @@ static void prepare(const SlotAttentionProblem& p, const SlotAttentionGradient& 
 // q and the upper gradient by lane, for products without tiles.
 template <class T>
 static void pack_lanes(const SlotAttentionProblem& p, const Layout& layout, BackwardScratch<T>& s, int64_t batch) {
-  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736),
-                     s.buffer, s.qt);
+  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.buffer,
+                     s.qt);
   const int64_t values = padded<T>(p.value_width);
   clear(s.dzt, p.value_width * layout.lanes);
   for (int64_t lane = 0; lane < layout.rows; ++lane)
@@ -129,8 +129,8 @@ static void read_logit_grads(const SlotAttentionProblem& p, const SlotAttentionG
   clear(s.logit_grads, s.live.count * layout.lanes);
   for (int64_t g = 0; g < p.groups; ++g)
     for (int64_t i = 0; i < p.slots; ++i) {
-      const T* row = read_row<T>(r.grad_logits, p.element,
-                                 ((batch * p.groups + g) * p.slots + i) * p.positions + begin, count, s.buffer);
+      const T* row = read_row<T>(r.grad_logits, p.element, ((batch * p.groups + g) * p.slots + i) * p.positions + begin,
+                                 count, s.buffer);
       T* column = s.logit_grads + g * layout.step + i;
       for (int64_t j = 0; j < s.live.count; ++j) column[j * layout.lanes] = row[s.live.all ? j : s.live.index[j]];
     }
@@ -181,8 +181,7 @@ OBJSLOT_INLINE void back_through_softmax(const SlotAttentionGradient& r, const L
   for (int64_t j = 0; j < s.live.count; ++j)
     for (int64_t z = 0; z < layout.lanes; z += width<T>)
       store(s.sums + z, load(s.sums + z) + load(s.slopes + j * layout.lanes + z));
-  for (int64_t z = 0; z < layout.lanes; z += width<T>)
-    store(s.grad_bias + z, load(s.grad_bias + z) + load(s.sums + z));
+  for (int64_t z = 0; z < layout.lanes; z += width<T>) store(s.grad_bias + z, load(s.grad_bias + z) + load(s.sums + z));
 }
 
 // Writes rows (live positions, columns) of a sum of products to their places; zeros where nothing is live.
@@ -191,8 +190,8 @@ static void write_product(const Layout& layout, const Live<T>& live, const Term<
                           const int64_t* features_stride, int64_t columns, void* out, Element element, int64_t offset,
                           int64_t count, T* copy, bool streamed) {
   if (live.all && native<T>(element)) {
-    spread<T, Terms>(terms, layout.lanes, layout.rows, features_stride, count, columns,
-                     static_cast<T*>(out) + offset, columns, streamed);
+    spread<T, Terms>(terms, layout.lanes, layout.rows, features_stride, count, columns, static_cast<T*>(out) + offset,
+                     columns, streamed);
     return;
   }
   const int64_t stride = padded<T>(columns);
@@ -205,8 +204,8 @@ static void write_product(const Layout& layout, const Live<T>& live, const Term<
 // The gradient of normalised keys, from s.grad_keys: added to what is there, then passed back through the
 // normalisation, as asked.
 template <class T>
-static void write_normalised(const SlotAttentionProblem& p, const SlotAttentionGradient& r,
-                             const BackwardScratch<T>& s, const T* keys, int64_t batch, int64_t from, int64_t count) {
+static void write_normalised(const SlotAttentionProblem& p, const SlotAttentionGradient& r, const BackwardScratch<T>& s,
+                             const T* keys, int64_t batch, int64_t from, int64_t count) {
   const int64_t stride = padded<T>(p.width), row = batch * p.positions + from;
   const T* inverses = static_cast<const T*>(p.row_inverse) + row;
   T* out = static_cast<T*>(r.grad_k) + row * p.width;

@@ -150,9 +150,8 @@ static void write_on_tiles(const Layout& layout, const Live<float>& live, const 
     spread_columns_on_tiles<M>(terms, count, layout.lanes, c, blocks, live.count, product);
     const int64_t left = columns - c * block;
     for (int64_t j = 0; j < live.count; ++j)
-      write_part(product + j * 2 * block, out, element,
-                 offset + (live.all ? j : live.index[j]) * columns + c * block, left < 2 * block ? left : 2 * block,
-                 streamed && live.all);
+      write_part(product + j * 2 * block, out, element, offset + (live.all ? j : live.index[j]) * columns + c * block,
+                 left < 2 * block ? left : 2 * block, streamed && live.all);
   }
 }
 

@@ -27,8 +27,8 @@ OBJSLOT_INLINE int64_t place_blocks(int64_t inner) { return (inner + pair_places
 // Rows and outputs are multiplied two blocks at a time.
 OBJSLOT_INLINE int64_t even_blocks(int64_t count) { return (count + pair_places - 1) / pair_places * 2; }
 
-// Words of a block of 16 outputs: whether it is sound, whether it is of bfloat16 and its middle and low parts zero, then
-// its tiles.
+// Words of a block of 16 outputs: whether it is sound, whether it is of bfloat16 and its middle and low parts zero,
+// then its tiles.
 OBJSLOT_INLINE int64_t panel_words(int64_t inner) {
   return header_words + place_blocks(inner) * dense_planes * block_words;
 }
@@ -88,8 +88,8 @@ static Operand<float> split_operand(const float* data, int64_t stride, int64_t r
 }
 
 // One block of 16 outputs.
-OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t inner_stride, int64_t outputs, int64_t inner,
-                       uint32_t* panel) {
+OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t inner_stride, int64_t outputs,
+                               int64_t inner, uint32_t* panel) {
   __m512 top[block];
   for (__m512& t : top) t = _mm512_setzero_ps();
   bool sound = true;
@@ -127,10 +127,10 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
   panel[1] = _mm512_test_epi32_mask(bits(rest), _mm512_set1_epi32(0x7fffffff)) == 0;
 }
 
-#define OBJSLOT_PRODUCTS_OF_PAIRS          \
-  OBJSLOT_MULTIPLY(0, 4, 6);               \
-  OBJSLOT_MULTIPLY(2, 5, 6);               \
-  OBJSLOT_MULTIPLY(1, 4, 7);               \
+#define OBJSLOT_PRODUCTS_OF_PAIRS \
+  OBJSLOT_MULTIPLY(0, 4, 6);      \
+  OBJSLOT_MULTIPLY(2, 5, 6);      \
+  OBJSLOT_MULTIPLY(1, 4, 7);      \
   OBJSLOT_MULTIPLY(3, 5, 7)
 
 // out (32, 32) = two blocks of rows times two of outputs; `exact`: of bfloat16. Fetches `lines` of what comes next for

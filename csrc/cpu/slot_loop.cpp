@@ -85,10 +85,27 @@ Plan plan_rows(const SlotLoopProblem& p, bool backward) {
 SlotAttentionProblem core(const SlotLoopProblem& p, const void* query, const void* constant, const void* mean,
                           const void* inverse) {
   const int64_t slots = p.groups * p.slots;
-  SlotAttentionProblem q{p.element,   p.batch,  p.groups,       p.slots,      p.positions,   p.input_width,
-                         p.input_width, query,  slots * p.input_width, p.x,   p.x_stride,    p.x_row_stride,
-                         nullptr,     0,        0,              p.mask,       p.mask_stride, constant,
-                         slots,       p.scale,  p.eps};
+  SlotAttentionProblem q{p.element,
+                         p.batch,
+                         p.groups,
+                         p.slots,
+                         p.positions,
+                         p.input_width,
+                         p.input_width,
+                         query,
+                         slots * p.input_width,
+                         p.x,
+                         p.x_stride,
+                         p.x_row_stride,
+                         nullptr,
+                         0,
+                         0,
+                         p.mask,
+                         p.mask_stride,
+                         constant,
+                         slots,
+                         p.scale,
+                         p.eps};
   q.row_mean = mean;
   q.row_inverse = inverse;
   return q;
@@ -114,8 +131,8 @@ void slot_loop_forward(const SlotLoopProblem& p, const SlotLoopForward& f, int t
   const Workspace workspace(parts.used());
   const auto at = [&](int64_t place) { return static_cast<char*>(workspace.data()) + place; };
 
-  table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), at(packed),
-             plan.rows.tiles, threads);
+  table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), at(packed), plan.rows.tiles,
+             threads);
   plan.rows.packed = at(packed);
   table.statistics(p, f.x_eps, f.mean, f.inverse, threads);
   const auto kept = [&](int64_t iteration) {
@@ -166,7 +183,7 @@ void slot_loop_backward(const SlotLoopProblem& p, const SlotLoopBackward& b, int
   void* const slots_sums[2] = {at(sums[2]), at(sums[3])};
   // The gradient of the averages lies where that of the queries will.
   back.to_means(plan.rows, b, b.grad_query, at(query), at(constant), mlp_sums, at(rest), threads);
-  SlotAttentionGradient gradient{b.grad_query, b.grad_logits, b.kept.means, b.kept.mass, b.grad_query,
+  SlotAttentionGradient gradient{b.grad_query, b.grad_logits, b.kept.means, b.kept.mass,    b.grad_query,
                                  b.grad_x,     nullptr,       b.grad_mask,  b.grad_constant};
   gradient.add_to_k = b.add_to_x;
   gradient.through_norm = b.finish_x;

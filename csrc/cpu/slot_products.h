@@ -26,8 +26,8 @@ struct Ahead {
 
 // out[j][0, KV vectors) = sum over d of x[j][d] * qt[d][...], + bias, for 4 * R rows j.
 template <class T, int KV, int R>
-OBJSLOT_INLINE void dot_block(const T* x, int64_t stride, int64_t d, const T* qt, const T* bias, int64_t lanes,
-                              T* out, Ahead& ahead) {
+OBJSLOT_INLINE void dot_block(const T* x, int64_t stride, int64_t d, const T* qt, const T* bias, int64_t lanes, T* out,
+                              Ahead& ahead) {
   Vec<T> total[4 * R][KV] = {};
   const T* base[R];
 #pragma GCC unroll 4
@@ -75,18 +75,18 @@ static void dot_panel(const T* x, int64_t stride, int64_t rows, int64_t d, const
                       T* out, Ahead& ahead) {
   constexpr int R = registers == 32 ? (KV == 1 ? 3 : KV == 4 ? 1 : 2) : (KV == 1 ? 3 : 1);
   int64_t j = 0;
-  for (; j + 4 * R <= rows; j += 4 * R) 
+  for (; j + 4 * R <= rows; j += 4 * R)
     dot_block<T, KV, R>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
   if constexpr (R > 1)
-    for (; j + 4 <= rows; j += 4) 
+    for (; j + 4 <= rows; j += 4)
       dot_block<T, KV, 1>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
   for (; j < rows; ++j) dot_row<T, KV>(x + j * stride, d, qt, bias, lanes, out + j * lanes);
 }
 
 // out (rows, lanes) = x (rows, d) qt (d, lanes) + bias (lanes)
 template <class T>
-OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias,
-                         int64_t lanes, T* out, Ahead ahead = {}) {
+OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias, int64_t lanes,
+                         T* out, Ahead ahead = {}) {
   constexpr int most = registers == 32 ? 4 : 2;
   int64_t left = lanes / width<T>;
   while (left > 0) {
@@ -231,8 +231,7 @@ static void spread_columns(const Term<T>* terms, int64_t lanes, int64_t slots, c
     spread_block<T, R, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
   for (; j + 4 <= rows; advance(4))
     spread_block<T, 4, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
-  for (; j < rows; advance(1))
-    spread_block<T, 1, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
+  for (; j < rows; advance(1)) spread_block<T, 1, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
 }
 
 // out (rows, columns) = sum over the terms of weights (rows, slots) features (slots, columns)

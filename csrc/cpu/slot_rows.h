@@ -138,8 +138,7 @@ static void multiply_plainly(const Operand<T>& a, const T* packed, int64_t outer
       if (vectors == 1) multiply_panel<T, 1>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
       if (vectors == 2) multiply_panel<T, 2>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
       if constexpr (panel_vectors == 3)
-        if (vectors == 3)
-          multiply_panel<T, 3>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
+        if (vectors == 3) multiply_panel<T, 3>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
     }
   }
 }
@@ -174,8 +173,8 @@ static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Op
         for (int64_t i = 0; i < height; ++i)
           for (int64_t d = 0; d < width; ++d)
             if (lost >> i & 1 || !panel[d / block * size])
-              product[i * pair_places + d] =
-                  dense_dot(a.data + (j + i) * a.stride, data + (first + c + d) * m.outer_stride, m.inner_stride, a.inner);
+              product[i * pair_places + d] = dense_dot(
+                  a.data + (j + i) * a.stride, data + (first + c + d) * m.outer_stride, m.inner_stride, a.inner);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t d = 0; d < width; d += block) {
           const int64_t left = width - d;

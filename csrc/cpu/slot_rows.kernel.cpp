@@ -71,9 +71,8 @@ static void pack_on_tiles(const PackedMatrix* list, int64_t count, uint32_t* pac
       const PackedMatrix& m = list[k];
       for (int64_t panel = 0; panel < even_blocks(m.outer); ++panel, ++at)
         if (at >= first && at < last)
-          pack_dense(static_cast<const float*>(m.data) + panel * block * m.outer_stride, m.outer_stride,
-                     m.inner_stride, m.outer - panel * block, m.inner,
-                     packed + m.place + panel * panel_words(m.inner));
+          pack_dense(static_cast<const float*>(m.data) + panel * block * m.outer_stride, m.outer_stride, m.inner_stride,
+                     m.outer - panel * block, m.inner, packed + m.place + panel * panel_words(m.inner));
     }
   });
 }
@@ -97,8 +96,7 @@ static void run_statistics(const SlotLoopProblem& p, double eps, void* mean, voi
     const FlushSubnormals flush;
     for (int64_t at = first; at < last; ++at) {
       const int64_t batch = at / p.positions, row = at % p.positions;
-      const Moments<T> m =
-          moments<T>(x + batch * p.x_stride + row * p.x_row_stride, p.input_width, T(eps));
+      const Moments<T> m = moments<T>(x + batch * p.x_stride + row * p.x_row_stride, p.input_width, T(eps));
       static_cast<T*>(mean)[at] = m.mean;
       static_cast<T*>(inverse)[at] = m.inverse;
     }

@@ -108,7 +108,9 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
   const auto given = [&](const void* base, int64_t columns) {
     return base ? static_cast<const T*>(base) + first * columns : nullptr;
   };
-  const auto wanted = [&](void* base, int64_t columns) { return base ? static_cast<T*>(base) + first * columns : nullptr; };
+  const auto wanted = [&](void* base, int64_t columns) {
+    return base ? static_cast<T*>(base) + first * columns : nullptr;
+  };
   const T* slots = given(b.kept.slots, p.width);
   const T* mass = given(b.kept.mass, 1);
   const T* gates = given(b.kept.gates, 4 * p.width);
@@ -153,8 +155,8 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
     back_through_gates<T>(p, slots, gates, s.grad, stride, rows, grad_gates, grad_start);
     multiply<T>(p, p.input_gates_back, factor(grad_gates, all, 3 * p.width), nullptr, grad_updates, p.width, false);
     multiply<T>(p, p.hidden_gates_back[0], factor(grad_gates, all, 2 * p.width), nullptr, grad_start, p.width, true);
-    multiply<T>(p, p.hidden_gates_back[1], factor(grad_gates + 3 * p.width, all, p.width), nullptr, grad_start,
-                p.width, true);
+    multiply<T>(p, p.hidden_gates_back[1], factor(grad_gates + 3 * p.width, all, p.width), nullptr, grad_start, p.width,
+                true);
   } else {
     for (int64_t j = 0; j < rows; ++j) {
       __builtin_memcpy(grad_updates + j * p.width, s.grad + j * stride, static_cast<size_t>(p.width) * sizeof(T));

@@ -40,8 +40,7 @@ static void softmax_slots(T* rows, int64_t slots, int64_t columns) {
 // One where a position counts, and zero beyond the last; or the mask.
 template <class T>
 static void read_mask(const SlotSoftmaxProblem& p, int64_t item, int64_t columns, T* mask) {
-  if (p.mask)
-    return read_padded<T>(p.mask, p.element, item * p.positions, p.positions, columns, mask);
+  if (p.mask) return read_padded<T>(p.mask, p.element, item * p.positions, p.positions, columns, mask);
   for (int64_t j = 0; j < columns; ++j) mask[j] = j < p.positions ? T(1) : T(0);
 }
 
@@ -89,7 +88,7 @@ static void backward_item(const SlotSoftmaxProblem& p, const void* grad, const v
   softmax_slots<T>(rows, p.slots, columns);
   for (int64_t j = 0; j < columns; ++j) inner[j] = mask_slope[j] = T(0);
   for (int64_t i = 0; i < p.slots; ++i) {
-    const T *row = rows + i * columns;
+    const T* row = rows + i * columns;
     T* slope = slopes + i * columns;
     read_padded<T>(grad, p.element, (item * p.slots + i) * p.positions, p.positions, columns, slope);
     const T sum = static_cast<const T*>(mass)[item * p.slots + i], inverse = sum == T(0) ? T(0) : T(1) / sum;
@@ -149,13 +148,11 @@ static void forward(const SlotSoftmaxProblem& p, void* weights, void* mass, void
 static void backward(const SlotSoftmaxProblem& p, const void* grad, const void* mass, void* grad_logits,
                      void* grad_mask, void* workspace, int threads) {
   if (p.element == Element::float64)
-    run<double>(p, workspace, threads, [&](double* s, int64_t i) {
-      backward_item<double>(p, grad, mass, grad_logits, grad_mask, s, i);
-    });
+    run<double>(p, workspace, threads,
+                [&](double* s, int64_t i) { backward_item<double>(p, grad, mass, grad_logits, grad_mask, s, i); });
   else
-    run<float>(p, workspace, threads, [&](float* s, int64_t i) {
-      backward_item<float>(p, grad, mass, grad_logits, grad_mask, s, i);
-    });
+    run<float>(p, workspace, threads,
+               [&](float* s, int64_t i) { backward_item<float>(p, grad, mass, grad_logits, grad_mask, s, i); });
 }
 
 }  // namespace objslot::OBJSLOT_ISA

@@ -94,8 +94,8 @@ struct Live {
   int32_t* index;  // (tile)
   int64_t count;
   bool all;
-  T* mask;    // (groups, tile), by position
-  T* lanes;   // (tile, lanes), by live position; unused without a mask
+  T* mask;   // (groups, tile), by position
+  T* lanes;  // (tile, lanes), by live position; unused without a mask
 };
 
 // The live rows of a tile in the arithmetic type: the memory itself where it will do, otherwise a copy.
@@ -132,8 +132,8 @@ template <class T>
 static const T* live_keys(const SlotAttentionProblem& p, int64_t batch, int64_t from, const Live<T>& live, T* copy,
                           int64_t* stride) {
   if (!p.row_mean)
-    return live_rows<T>(p.k, p.element, batch * p.k_stride + from * p.k_row_stride, p.k_row_stride, p.width, live,
-                        copy, stride);
+    return live_rows<T>(p.k, p.element, batch * p.k_stride + from * p.k_row_stride, p.k_row_stride, p.width, live, copy,
+                        stride);
   const T* means = static_cast<const T*>(p.row_mean) + batch * p.positions + from;
   const T* inverses = static_cast<const T*>(p.row_inverse) + batch * p.positions + from;
   *stride = padded<T>(p.width);

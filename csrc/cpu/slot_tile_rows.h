@@ -80,7 +80,7 @@ OBJSLOT_INLINE bool sound_rows(const float* rows, int64_t count, int64_t stride,
 // products (count, lanes) = products * factor + constant. Returns whether all of them were finite and small enough,
 // and the largest, where `least` says so, large enough.
 OBJSLOT_INLINE bool finish_products(float* products, int64_t count, int64_t lanes, float factor, const float* constant,
-                            bool least) {
+                                    bool least) {
   const __m512 scale = _mm512_set1_ps(factor), most = _mm512_set1_ps(most_entry * most_entry);
   __m512 top = _mm512_setzero_ps();
   __mmask16 beyond = 0;

@@ -31,8 +31,7 @@ class TileRegisters {
   asm volatile("tileloadd (%0,%1,1), %%tmm" #register ::"r"(base), "r"(static_cast<int64_t>(bytes)) : "memory")
 #define OBJSLOT_STORE(register, base, bytes) \
   asm volatile("tilestored %%tmm" #register ", (%0,%1,1)" ::"r"(base), "r"(static_cast<int64_t>(bytes)) : "memory")
-#define OBJSLOT_MULTIPLY(sums, left, right) \
-  asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sums ::)
+#define OBJSLOT_MULTIPLY(sums, left, right) asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sums::)
 
 OBJSLOT_INLINE void clear_sums() {
   asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::);
@@ -52,10 +51,10 @@ OBJSLOT_INLINE void store_sums(float* to, int64_t next, int64_t stride) {
 }
 
 // The four sums += four wide blocks, `next` words apart, times a thin one; wide ones on the left or on the right.
-#define OBJSLOT_ADD(sums, wide, thin)       \
-  if constexpr (wide_left)                  \
-    OBJSLOT_MULTIPLY(sums, wide, thin);     \
-  else                                      \
+#define OBJSLOT_ADD(sums, wide, thin)   \
+  if constexpr (wide_left)              \
+    OBJSLOT_MULTIPLY(sums, wide, thin); \
+  else                                  \
     OBJSLOT_MULTIPLY(sums, thin, wide)
 #define OBJSLOT_ADD_PLANE(thin, from, plane) \
   OBJSLOT_LOAD(thin, plane, 64);             \
@@ -86,8 +85,8 @@ OBJSLOT_INLINE void multiply_add(const uint32_t* wide, int64_t next, int64_t pla
   }
 }
 
-// The four sums += two wide blocks, `next` words apart, times two thin ones, `thin_next` apart: sum 0 of the first ones,
-// 1 of the second thin one, 2 of the second wide one, 3 of both second ones.
+// The four sums += two wide blocks, `next` words apart, times two thin ones, `thin_next` apart: sum 0 of the first
+// ones, 1 of the second thin one, 2 of the second wide one, 3 of both second ones.
 #define OBJSLOT_ADD_SQUARE \
   OBJSLOT_ADD(0, 4, 6);    \
   between();               \

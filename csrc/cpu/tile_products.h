@@ -28,7 +28,9 @@ OBJSLOT_INLINE int64_t operand_size(int64_t rows, int64_t depth, int parts) {
 
 // Parts that hold the numbers of a type.
 template <Element E>
-constexpr int parts_of = E == Element::bfloat16 ? 1 : E == Element::float16 ? 2 : 3;
+constexpr int parts_of = E == Element::bfloat16  ? 1
+                         : E == Element::float16 ? 2
+                                                 : 3;
 
 // A matrix in memory, and what its rows and its columns are to be multiplied by where that is not null.
 struct Numbers {
@@ -235,16 +237,16 @@ class Tiles {
 };
 
 #define OBJSLOT_TILE_LOAD(tile, base) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(int64_t{64}) : "memory")
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(base), "r"(int64_t{64}) : "memory")
 #define OBJSLOT_TILE_STORE(tile, base, stride) \
   asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(stride) : "memory")
 // Accumulators 0 to 3 from rows in 4 and 5, columns in 6 and 7.
-#define OBJSLOT_TILE_MULTIPLY                      \
-  asm volatile(                                    \
-      "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"       \
-      "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"       \
-      "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"       \
-      "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::        \
+#define OBJSLOT_TILE_MULTIPLY                \
+  asm volatile(                              \
+      "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t" \
+      "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t" \
+      "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t" \
+      "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::  \
           : "memory")
 
 // out (rows, columns) of a left and a right operand of `depth` blocks; all sizes are whole pairs of tiles. After

@@ -51,26 +51,26 @@ PYBIND11_MODULE(_cuda, module) {
       }));
   module.def("sinkhorn_forward", [](const Problem& problem, Address plan, Address f, Address g, Address error,
                                     const std::array<Address, 3>& history, Address stream) {
-    check(sinkhorn_forward(problem,
-                           {pointer<char>("plan", plan, false), pointer<float>("f", f, false),
-                            pointer<float>("g", g, false), pointer<float>("error", error, false),
-                            history_of(history, false)},
-                           reinterpret_cast<void*>(stream)));
-  });
-  module.def("sinkhorn_backward", [](const Problem& problem, Address grad_plan,
-                                     const std::array<int64_t, 3>& grad_strides, Address grad_f, Address grad_g,
-                                     const std::array<Address, 3>& history, Address factors, Address shares,
-                                     Address grad_scores, Address grad_a, Address grad_b, Address stream) {
-    const bool some = problem.batch > 0;
-    check(sinkhorn_backward(
+    check(sinkhorn_forward(
         problem,
-        {pointer<const char>("grad_plan", grad_plan, false), grad_strides[0], grad_strides[1], grad_strides[2],
-         pointer<const float>("grad_f", grad_f, false), pointer<const float>("grad_g", grad_g, false),
-         history_of(history, some), pointer<float>("factors", factors, some), pointer<float>("shares", shares, some),
-         pointer<char>("grad_scores", grad_scores, some), pointer<float>("grad_a", grad_a, false),
-         pointer<float>("grad_b", grad_b, false)},
+        {pointer<char>("plan", plan, false), pointer<float>("f", f, false), pointer<float>("g", g, false),
+         pointer<float>("error", error, false), history_of(history, false)},
         reinterpret_cast<void*>(stream)));
   });
+  module.def(
+      "sinkhorn_backward", [](const Problem& problem, Address grad_plan, const std::array<int64_t, 3>& grad_strides,
+                              Address grad_f, Address grad_g, const std::array<Address, 3>& history, Address factors,
+                              Address shares, Address grad_scores, Address grad_a, Address grad_b, Address stream) {
+        const bool some = problem.batch > 0;
+        check(sinkhorn_backward(
+            problem,
+            {pointer<const char>("grad_plan", grad_plan, false), grad_strides[0], grad_strides[1], grad_strides[2],
+             pointer<const float>("grad_f", grad_f, false), pointer<const float>("grad_g", grad_g, false),
+             history_of(history, some), pointer<float>("factors", factors, some),
+             pointer<float>("shares", shares, some), pointer<char>("grad_scores", grad_scores, some),
+             pointer<float>("grad_a", grad_a, false), pointer<float>("grad_b", grad_b, false)},
+            reinterpret_cast<void*>(stream)));
+      });
 }
 
 }  // namespace objslot::cuda

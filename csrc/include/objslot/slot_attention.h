@@ -75,8 +75,8 @@ struct SlotSoftmaxProblem {
 struct SlotSoftmaxKernels {
   int64_t (*workspace)(const SlotSoftmaxProblem&, int threads);
   void (*forward)(const SlotSoftmaxProblem&, void* weights, void* mass, void* workspace, int threads);
-  void (*backward)(const SlotSoftmaxProblem&, const void* grad, const void* mass, void* grad_logits,
-                   void* grad_mask, void* workspace, int threads);
+  void (*backward)(const SlotSoftmaxProblem&, const void* grad, const void* mass, void* grad_logits, void* grad_mask,
+                   void* workspace, int threads);
 };
 
 // The kernels of the active instruction set, with a workspace of their own.

@@ -15,9 +15,9 @@ namespace objslot {
 struct SlotLayers {
   const void *query, *query_bias;  // (E + 1, W), (E + 1): the last row gives the constant of the logits
   const void *value, *value_bias;  // (W, E), (W)
-  const void *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;  // (W) each
+  const void *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;            // (W) each
   const void *input_gates, *hidden_gates, *input_gates_bias, *hidden_gates_bias;  // (3W, W) twice, (3W) twice
-  const void *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;  // (H, W), (H), (W, H), (W)
+  const void *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;                      // (H, W), (H), (W, H), (W)
 };
 
 struct SlotLoopProblem {
@@ -105,8 +105,8 @@ struct SlotRowsKernels {
   int64_t (*workspace)(const SlotRows&, int threads);
   // The update of the slots from an iteration's averages, where there are any, and the queries of the next
   // iteration, where they are wanted.
-  void (*advance)(const SlotRows&, const SlotLoopKept* kept, const void* slots, void* next, void* query,
-                  void* constant, void* workspace, int threads);
+  void (*advance)(const SlotRows&, const SlotLoopKept* kept, const void* slots, void* next, void* query, void* constant,
+                  void* workspace, int threads);
 };
 
 // A matrix (rows, columns) whose rows are added up, and where the sum is added to.

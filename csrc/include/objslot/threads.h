@@ -66,9 +66,7 @@ struct Team {
 
   // This thread's share of [0, count).
   __attribute__((always_inline)) inline int64_t begin(int64_t count) const { return count * worker / size; }
-  __attribute__((always_inline)) inline int64_t end(int64_t count) const {
-    return count * (worker + 1) / size;
-  }
+  __attribute__((always_inline)) inline int64_t end(int64_t count) const { return count * (worker + 1) / size; }
 };
 
 // Calls body(team) on at most `threads` threads at once. One thread means no OpenMP region. The body must not
