@@ -26,7 +26,7 @@ from objslot.ops import _native
 from objslot.ops.transport import alignment
 
 # The number of iterations may be anything: a large one only takes its time.
-ITERATIONS = {("SinkhornProblem", (10,)), ("TransportProblem", (9,)), ("align_frames", (9,))}
+ITERATIONS = {("SinkhornProblem", (10,)), ("TransportProblem", (9,)), ("align_frames", (8,))}
 REFUSALS = (ValueError, TypeError, OverflowError, MemoryError)
 LARGE = st.integers(2**57, 2**64 - 1)
 NEGATIVE = st.integers(-(2**63), -1)
