@@ -15,7 +15,7 @@ struct ForwardScratch {
 // Rows of the sums, and elements in each.
 template <class T>
 static int64_t sums_rows(const SlotAttentionProblem& p, const Layout& layout) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles_serve(p)) return layout.lanes;
 #endif
   (void)p;
@@ -23,7 +23,7 @@ static int64_t sums_rows(const SlotAttentionProblem& p, const Layout& layout) {
 }
 template <class T>
 static int64_t sums_stride(const SlotAttentionProblem& p) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles_serve(p)) return quads_of(p.value_width) * 4 * block;
 #endif
   return padded<T>(p.value_width);
@@ -48,7 +48,7 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   s.live.index = shelf.take<int32_t>(tile);
   s.live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
   s.live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
       constexpr Precision P = precision();
@@ -127,7 +127,7 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
   }
 }
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 // The slots of an element of the batch by lane, times a factor; zeros in padding. Rows are of whole blocks.
 static void lane_rows(const void* slots, Element element, int64_t offset, const Layout& layout, int64_t columns,
                       float factor, float* buffer, float* rows) {
@@ -176,7 +176,7 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
 template <class T>
 static void run_share(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                       ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     if (tiles_serve(p) && with_precision(p.element, [&](auto precision) {
           return forward_share_on_tiles<precision()>(p, r, layout, s, batch, begin, end);
@@ -227,7 +227,7 @@ static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult
     Shelf shelf{base + worker * counter.used};
     ForwardScratch<T> s = forward_scratch<T>(p, layout, shelf);
     if (!p.mask) s.live.lanes = nullptr;
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
     const TileRegisters tile_registers(tiles_serve(p));
 #endif
     for (int64_t item = first; item < last; ++item) {

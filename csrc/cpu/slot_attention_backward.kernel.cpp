@@ -33,7 +33,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
                            BackwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end, bool tiled) {
   const int64_t feature_strides[2] = {padded<T>(p.width), padded<T>(p.value_width)};
   prepare<T>(p, r, layout, s, batch);
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     tiled =
         tiled && with_precision(p.element, [&](auto precision) { return prepare_tiles<precision()>(p, layout, s); });
@@ -54,7 +54,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
                               s.live, s.values, &value_stride);
     };
     bool on_tiles = false;
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
     if constexpr (sizeof(T) == 4)
       if (tiled) {
         if (p.row_mean) read();
@@ -78,7 +78,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
     if (r.grad_mask) clear(s.grad_mask, p.groups * tile);
     with_step<T>(layout, [&](auto step) { back_through_softmax<T, step()>(r, layout, s); });
     if (r.grad_mask) write_mask<T>(p, r, s, batch, from, count);
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
     if constexpr (sizeof(T) == 4)
       if (on_tiles && with_precision(p.element, [&](auto precision) {
             return gradients_on_tiles<precision()>(p, r, layout, s, keys, batch, from, count, stream_keys,
@@ -108,7 +108,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
                 grad_q_stride<T>(p), {});
   }
   if (stream_keys || stream_values) end_of_stream();
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     if (tiled && r.grad_q && !sound_rows(s.grad_q, layout.lanes, grad_q_stride<T>(p), grad_q_stride<T>(p))) {
       SlotAttentionGradient again = r;
@@ -160,7 +160,7 @@ static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradi
     Shelf shelf{base + worker * counter.used};
     BackwardScratch<T> s = backward_scratch<T>(p, layout, shelf);
     if (!p.mask) s.live.lanes = nullptr;
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
     const bool tiled = tiles_serve(p);
     const TileRegisters tile_registers(tiled);
 #else

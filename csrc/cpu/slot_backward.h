@@ -24,7 +24,7 @@ struct BackwardScratch {
 // Elements of a row of the gradient of q.
 template <class T>
 static int64_t grad_q_stride(const SlotAttentionProblem& p) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles_serve(p)) return quads_of(p.width) * 4 * block;
 #endif
   return padded<T>(p.width);
@@ -59,7 +59,7 @@ static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const 
   s.live.index = shelf.take<int32_t>(tile);
   s.live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
   s.live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
       constexpr Precision P = precision(), M = between_halves<P>;

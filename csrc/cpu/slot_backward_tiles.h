@@ -3,7 +3,7 @@
 
 #include "slot_backward.h"
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 namespace objslot::OBJSLOT_ISA {
 
 // A term of a sum of products: words of the weights, (blocks of lanes, planes, blocks of rows, 16, 16), and the packed

@@ -19,7 +19,7 @@ struct Operand {
   const uint16_t* lost = nullptr;   // of every block of rows, a bit for each row to do without tiles
 };
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 
 constexpr int64_t pair_places = 2 * block, dense_planes = 3, header_words = 16;
 
@@ -105,7 +105,7 @@ OBJSLOT_INLINE void pack_dense(const float* data, int64_t outer_stride, int64_t 
       if (inner_stride == 1) {
         for (int64_t c = 0; c < block; ++c)
           part[h][c] = _mm512_maskz_loadu_ps(c < outputs ? cut(left) : 0, data + c * outer_stride + from);
-        transpose(part[h]);
+        transpose_block(part[h]);
       } else {
         for (int64_t i = 0; i < block; ++i)
           part[h][i] = _mm512_maskz_loadu_ps(i < left ? cut(outputs) : 0, data + (from + i) * inner_stride);

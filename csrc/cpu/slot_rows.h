@@ -28,7 +28,7 @@ template <class Body>
 OBJSLOT_INLINE void for_blocks(const SlotRows& p, int threads, const Body& body) {
   const int64_t rows = p.rows, step = block_rows(p, threads);
   parallel_for((rows + step - 1) / step, threads, [&](int64_t first, int64_t last, int worker) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
     const TileRegisters tile_registers(p.tiles);
 #endif
     for (int64_t at = first * step; at < last * step && at < rows; at += step)
@@ -143,7 +143,7 @@ static void multiply_plainly(const Operand<T>& a, const T* packed, int64_t outer
   }
 }
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 // `first`, a multiple of 32: the first of the outputs.
 static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Operand<float>& a, const float* bias,
                               float* out, int64_t out_stride, bool add, int64_t first, int64_t columns) {
@@ -193,7 +193,7 @@ static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Op
 template <class T>
 OBJSLOT_INLINE Operand<T> operand(const SlotRows& p, const T* data, int64_t stride, int64_t rows, int64_t inner,
                                   uint32_t* words) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     if (p.tiles) return split_operand(data, stride, rows, inner, words);
 #endif
@@ -201,7 +201,7 @@ OBJSLOT_INLINE Operand<T> operand(const SlotRows& p, const T* data, int64_t stri
   return {data, stride, rows, inner};
 }
 OBJSLOT_INLINE int64_t operand_size(const SlotRows& p, int64_t rows, int64_t inner) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (p.tiles) return operand_words(rows, inner);
 #endif
   (void)p, (void)rows, (void)inner;
@@ -213,7 +213,7 @@ OBJSLOT_INLINE int64_t operand_size(const SlotRows& p, int64_t rows, int64_t inn
 template <class T>
 static void multiply(const SlotRows& p, const PackedMatrix& m, const Operand<T>& a, const T* bias, T* out,
                      int64_t out_stride, bool add, int64_t first, int64_t columns) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
     if (p.tiles) return multiply_on_tiles(p, m, a, bias, out, out_stride, add, first, columns);
 #endif

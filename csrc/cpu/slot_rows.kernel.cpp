@@ -6,7 +6,7 @@ namespace objslot::OBJSLOT_ISA {
 // With fewer rows, packing takes longer than multiplying.
 constexpr int64_t least_rows_on_tiles = 32;
 static bool tiles(Element element, int64_t rows) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   return element == Element::float32 && rows >= least_rows_on_tiles && has_tiles();
 #else
   return (void)element, (void)rows, false;
@@ -14,7 +14,7 @@ static bool tiles(Element element, int64_t rows) {
 }
 
 static int64_t packed_size(Element element, int64_t outer, int64_t inner, bool tiles) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles) return dense_words(outer, inner);
 #endif
   (void)tiles;
@@ -61,7 +61,7 @@ static void run_pack(const PackedMatrix* list, int64_t count, void* packed, int 
   });
 }
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 static void pack_on_tiles(const PackedMatrix* list, int64_t count, uint32_t* packed, int threads) {
   int64_t panels = 0;
   for (int64_t k = 0; k < count; ++k) panels += even_blocks(list[k].outer);
@@ -79,7 +79,7 @@ static void pack_on_tiles(const PackedMatrix* list, int64_t count, uint32_t* pac
 #endif
 
 static void pack(Element element, const PackedMatrix* list, int64_t count, void* packed, bool tiles, int threads) {
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
   if (tiles) return pack_on_tiles(list, count, static_cast<uint32_t*>(packed), threads);
 #endif
   (void)tiles;

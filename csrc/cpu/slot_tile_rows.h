@@ -4,7 +4,7 @@
 
 #include "slot_tiles.h"
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 namespace objslot::OBJSLOT_ISA {
 
 // Whether tiles are there and pay. Splitting the keys and values of float32 takes as long as multiplying them with one

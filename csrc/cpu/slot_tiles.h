@@ -4,28 +4,8 @@
 
 #include "slot_words.h"
 
-#ifdef OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 namespace objslot::OBJSLOT_ISA {
-
-// Tile registers of one thread, all of 16 rows of 64 bytes.
-class TileRegisters {
- public:
-  OBJSLOT_INLINE_MEMBER explicit TileRegisters(bool used) : used_(used) {
-    if (!used) return;
-    alignas(64) uint8_t configuration[64] = {1};
-    for (int index = 0; index < 8; ++index) {
-      configuration[16 + 2 * index] = 64;
-      configuration[48 + index] = 16;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(configuration));
-  }
-  OBJSLOT_INLINE_MEMBER ~TileRegisters() {
-    if (used_) asm volatile("tilerelease" ::);
-  }
-
- private:
-  bool used_;
-};
 
 #define OBJSLOT_LOAD(register, base, bytes) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #register ::"r"(base), "r"(static_cast<int64_t>(bytes)) : "memory")

@@ -10,9 +10,9 @@
 #pragma once
 
 #include "slot_tile.h"
+#include "tile_registers.h"
 
-#if defined(__AVX512F__) && defined(__linux__)
-#define OBJSLOT_SLOT_TILES
+#ifdef OBJSLOT_TILES
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -85,43 +85,13 @@ OBJSLOT_INLINE void split_thin(__m512 x, uint32_t* to) {
   }
 }
 
-// Rows and columns of 16 x 16 floats exchanged.
-OBJSLOT_INLINE void transpose(__m512* rows) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = bits(rows[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // Now a[4 g + c] holds, in its quarter q, column 4 q + c of rows 4 g to 4 g + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
-    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
-                  high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-    rows[c] = floats(_mm512_shuffle_i32x4(low, low2, 0x88));
-    rows[4 + c] = floats(_mm512_shuffle_i32x4(low, low2, 0xdd));
-    rows[8 + c] = floats(_mm512_shuffle_i32x4(high, high2, 0x88));
-    rows[12 + c] = floats(_mm512_shuffle_i32x4(high, high2, 0xdd));
-  }
-}
-
 // A thin block of `count` rows (zeros beyond) of floats; transposed where asked.
 template <Precision P>
 OBJSLOT_INLINE void pack_thin(const float* rows, int64_t stride, int64_t count, bool transposed, uint32_t* to) {
   __m512 x[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) x[i] = i < count ? _mm512_loadu_ps(rows + i * stride) : _mm512_setzero_ps();
-  if (transposed) transpose(x);
+  if (transposed) transpose_block(x);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) split_thin<P>(x[i], to + i * block);
 }

@@ -9,9 +9,9 @@
 #pragma once
 
 #include "sinkhorn_passes.h"
+#include "tile_registers.h"
 
-#if defined(__AVX512F__) && defined(__linux__)
-#define OBJSLOT_TILES
+#ifdef OBJSLOT_TILES
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -103,36 +103,6 @@ OBJSLOT_INLINE void put_pairs(__m512 even, __m512 odd, uint16_t* row) {
   });
 }
 
-// Transposes 16 x 16 words of 32 bits.
-OBJSLOT_INLINE void transpose_block(__m512* rows) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(rows[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // Now a[4 g + c] holds, in its quarter q, column 4 q + c of rows 4 g to 4 g + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
-    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
-                  high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-    rows[c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low, low2, 0x88));
-    rows[4 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low, low2, 0xdd));
-    rows[8 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(high, high2, 0x88));
-    rows[12 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(high, high2, 0xdd));
-  }
-}
-
 // The block of 16 x 16 numbers from (i, k), transposed.
 template <Element E>
 OBJSLOT_INLINE void read_transposed(const Numbers& from, int64_t i, int64_t k, __m512* block) {
@@ -222,20 +192,6 @@ static void lay_transposed_columns(const Numbers& from, int64_t block, uint16_t*
   _mm512_mask_storeu_ps(sizes->size + row, lanes, size);
 }
 
-// Tile registers of one thread, all of 16 rows of 64 bytes.
-class Tiles {
- public:
-  OBJSLOT_INLINE_MEMBER Tiles() {
-    alignas(64) uint8_t configuration[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      configuration[16 + 2 * tile] = 64;
-      configuration[48 + tile] = 16;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(configuration));
-  }
-  OBJSLOT_INLINE_MEMBER ~Tiles() { asm volatile("tilerelease" ::); }
-};
-
 #define OBJSLOT_TILE_LOAD(tile, base) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(base), "r"(int64_t{64}) : "memory")
 #define OBJSLOT_TILE_STORE(tile, base, stride) \
@@ -263,7 +219,7 @@ OBJSLOT_INLINE void multiply_tiles_between(const uint16_t* left, const uint16_t*
     OBJSLOT_TILE_LOAD(6, tile);
     OBJSLOT_TILE_LOAD(7, tile + depth * Right * tile_size);
   };
-  const Tiles tiles;
+  const TileRegisters registers;
   for (int64_t j = 0; j < columns; j += tile_pair)
     for (int64_t i = 0; i < rows; i += tile_pair) {
       const uint16_t* row = left + i / tile_rows * depth * Left * tile_size;

@@ -25,7 +25,7 @@ class Views:
 
     def __init__(self, model: SMTC, config: TrainingConfig, device: torch.device | str = "cpu"):
         self.device = device
-        self.encode = None
+        self.encode: FrozenEncoder | None = None
         self.store: FeatureStore | None = None
         if not config.model.train_encoder:
             self.encode = FrozenEncoder(model.encoder, config.precision, config.compile)
