@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from objslot.models.encoder import FrameFeatures
 from objslot.training.config import TrainingConfig
 from objslot.training.features import FeatureStore, FrozenEncoder
 
-View = Tensor | FrameFeatures
+View: TypeAlias = Tensor | FrameFeatures
 
 
 class Views:
