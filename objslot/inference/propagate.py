@@ -23,6 +23,10 @@ from objslot.inference.regions import CHUNK, Progress, normalise
 from objslot.models.encoder import Encoder
 
 
+# Entries of tokens that are made at a time: what an encoder holds meanwhile is a multiple of them.
+_ENTRIES = 1 << 21
+
+
 @dataclass(frozen=True)
 class PropagationSettings:
     """How labels are carried on; the fields as `objslot.propagate` has them."""
@@ -143,6 +147,7 @@ def _tokens(encoder: Encoder, video: Video, grid: tuple[int, int], stride: int) 
     coarse = tuple(max(1, round(side * stride / own)) for side in grid)
     size = tuple(side * encoder.patch_size for side in coarse)
     parameter = next(encoder.parameters())
+    at_once = max(1, min(CHUNK, _ENTRIES // (grid[0] * grid[1] * encoder.width)))
     pending: list[Tensor] = []
 
     def flush() -> Iterator[Tensor]:
@@ -155,7 +160,7 @@ def _tokens(encoder: Encoder, video: Video, grid: tuple[int, int], stride: int) 
 
     for frame in video.frames():
         pending.append(normalise(frame[None].to(parameter.device), size))
-        if len(pending) == CHUNK:
+        if len(pending) == at_once:
             yield from flush()
     if pending:
         yield from flush()
