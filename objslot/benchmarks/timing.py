@@ -84,7 +84,8 @@ def measure(
 ) -> dict[str, Samples]:
     """Times warmed-up calls in interleaved rounds that take about `budget` seconds.
 
-    A contestant that alone would use up much of the budget takes part in some of the rounds only, spread evenly.
+    A contestant that alone would use up much of the budget takes part in some of the rounds only, spread over the run;
+    the rounds of one that takes part less often are among those of one that does so more often, to form ratios of both.
     `clock` gives the seconds that a number of calls took.
     """
     clock = clock or (cuda_seconds if device.type == "cuda" else cpu_seconds)
@@ -97,10 +98,10 @@ def measure(
     count = rounds[0] if fast == 0 else min(rounds[1], max(rounds[0], int(left / fast)))
     samples = {name: np.full(count, np.nan) for name in calls}
     share = SLOW_SHARE * budget / max(len(slow), 1)
-    takes_part = {}
+    takes_part, order = {}, _spread(count)
     for name in calls:
         wanted = count if name not in slow else min(count, max(LEAST_SAMPLES, int(share / cost[name])))
-        takes_part[name] = set(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
+        takes_part[name] = set(order[:wanted])
     shuffle = random.Random(0)
     for number in range(count):
         names = [name for name in calls if number in takes_part[name]]
@@ -108,6 +109,12 @@ def measure(
         for name in names:
             samples[name][number] = clock(calls[name], repeats[name]) / repeats[name]
     return {name: Samples(seconds) for name, seconds in samples.items()}
+
+
+def _spread(count: int) -> list[int]:
+    """All of range(count), so that the first ones of any number lie far apart: by their bits in reverse."""
+    bits = max(1, (count - 1).bit_length())
+    return [place for place in (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits)) if place < count]
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:

@@ -22,7 +22,6 @@ from objslot.errors import UserError
 from objslot.inference.regions import CHUNK, Progress, normalise
 from objslot.models.encoder import Encoder
 
-
 # Entries of tokens that are made at a time: what an encoder holds meanwhile is a multiple of them.
 _ENTRIES = 1 << 21
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from objslot.benchmarks.timing import Samples, measure, paired_ratio
+from objslot.benchmarks.timing import Samples, _spread, measure, paired_ratio
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,25 @@ def test_rounds_are_interleaved_in_changing_order():
     assert len({tuple(names) for names in rounds}) == 2
     assert samples["a"].taken == samples["b"].taken == 10
     assert samples["b"].quartiles.median == pytest.approx(2e-3)
+
+
+def test_slow_contestants_meet_in_the_rounds_of_those_that_take_part_more_often():
+    # Shares of 7 rounds that differ: 0.045 s may take part 5 times, 0.06 s 4 times, 0.2 s 3 times.
+    seconds = {"ours": 0.045, "peer": 0.06, "package": 0.2}
+    samples = measure(contestants(**seconds), 2.0, CPU, clock=Clock(), rounds=(7, 51))
+    assert len({found.taken for found in samples.values()}) > 1
+    for name, value in seconds.items():
+        assert paired_ratio(samples[name], samples["ours"]).median == pytest.approx(value / 0.045)
+        both = ~np.isnan(samples[name].seconds) & ~np.isnan(samples["ours"].seconds)
+        assert both.sum() == min(samples[name].taken, samples["ours"].taken)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 13, 51])
+def test_any_number_of_first_rounds_lies_far_apart(count):
+    order = _spread(count)
+    assert sorted(order) == list(range(count))
+    if count > 3:
+        assert max(order[:3]) - min(order[:3]) >= count // 2 - 1
 
 
 def test_a_slow_contestant_does_not_use_up_the_budget():

@@ -62,7 +62,7 @@ def test_a_moving_square_is_followed(array_video, model, stride):
     """Tokens that are the colours themselves: what is carried on must be the square."""
 
     class Colours(torch.nn.Module):
-        patch_size = 4
+        patch_size, width = 4, 3
 
         def __init__(self):
             super().__init__()

@@ -142,8 +142,9 @@ def test_a_break_leaves_nothing_behind(tmp_path):
         ("a\0b\nc", "a_b_c"),
     ],
 )
-def test_names_never_leave_the_output_folder(name, expected):
+def test_names_never_leave_the_output_folder(tmp_path, name, expected):
     assert safe_name(name) == expected
+    assert output_folders(tmp_path, [name]) == [tmp_path / expected]
 
 
 def test_equal_names_get_different_folders(tmp_path):
