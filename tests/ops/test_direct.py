@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from objslot.ops import _direct, _native, sinkhorn, sinkhorn_potentials, use_backend
+from objslot.ops import _direct, _native, sinkhorn, sinkhorn_potentials, slot_attention, slot_softmax, use_backend
 
 pytestmark = pytest.mark.skipif(_native.load() is None, reason="the compiled module is missing")
 
@@ -91,3 +91,56 @@ def test_both_ways_agree_to_the_bit(dtype, given):
 def test_masses_are_checked():
     with pytest.raises(ValueError, match="a: expected no negative entry"):
         sinkhorn(torch.zeros(2, 3), torch.tensor([1.5, -0.5]))
+
+
+SLOT_OPS = {
+    "slot_attention": (slot_attention, [(2, 3, 4, 5), (2, 9, 5), (2, 9, 6), (2, 3, 9)]),
+    "slot_softmax": (slot_softmax, [(2, 3, 4, 9), (2, 3, 9)]),
+}
+
+
+@pytest.mark.parametrize("name", SLOT_OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_slot_ops_agree_to_the_bit_both_ways(name, dtype):
+    op, shapes = SLOT_OPS[name]
+    leaves = [torch.rand(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    found = []
+    for backend in (None, "cpu"):
+        result = op(*leaves, backend=backend)
+        with torch.no_grad():
+            assert torch.equal(op(*leaves, backend=backend), result)
+        found.append([result, *torch.autograd.grad(result.square().sum(), leaves)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", SLOT_OPS)
+def test_who_watches_sees_the_slot_ops(name):
+    op, shapes = SLOT_OPS[name]
+    leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    with Watch() as watch:
+        torch.autograd.grad(op(*leaves).sum(), leaves)
+    assert {f"objslot.{name}.default", f"objslot.{name}_backward.default"} <= set(watch.seen)
+    result = op(*leaves).sum()
+    with Watch() as watch:
+        torch.autograd.grad(result, leaves)
+    assert watch.seen.count(f"objslot.{name}_backward.default") == 1
+
+
+@pytest.mark.parametrize("name", SLOT_OPS)
+def test_second_order_of_slot_ops_without_the_dispatcher(name):
+    op, shapes = SLOT_OPS[name]
+    leaves = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("name", SLOT_OPS)
+def test_the_backward_of_slot_ops_stays_where_the_forward_was(name):
+    op, shapes = SLOT_OPS[name]
+    leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    expected = torch.autograd.grad(op(*leaves).square().sum(), leaves)
+    result = op(*leaves).square().sum()
+    with use_backend("reference"):
+        found = torch.autograd.grad(result, leaves)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

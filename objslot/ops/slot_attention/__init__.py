@@ -84,9 +84,7 @@ def slot_attention(
         bias = bias.expand(q.shape[:-1])
     if mask is not None:
         mask = prepare_mask(mask, q, "q", (*batch, q.shape[-3], positions))
-    updates, logits, _ = torch.ops.objslot.slot_attention(
-        q, k, v, mask, bias, scale, eps, return_logits, backend
-    )
+    updates, logits = autograd.slot_attention(q, k, v, mask, bias, scale, eps, return_logits, backend)
     return (updates, logits) if return_logits else updates
 
 

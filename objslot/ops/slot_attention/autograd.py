@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends, _native, _triton
+from objslot.ops import _autocast, _backends, _direct, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_attention import native, reference
@@ -102,11 +102,36 @@ def _gradients(ctx, grad_updates, grad_logits, _):
         grad_logits = None
     if grad_updates is None and grad_logits is None:
         return (None,) * 9
-    grads = torch.ops.objslot.slot_attention_backward(
-        grad_updates, grad_logits, *ctx.saved_tensors, ctx.scale, ctx.eps, needs, ctx.backend
-    )
+    given = grad_updates, grad_logits, *ctx.saved_tensors
+    if ctx.backend == "cpu" and not torch.is_grad_enabled() and _direct.possible(*given):
+        grads = native.backward(*given, ctx.scale, ctx.eps, needs)
+    else:
+        grads = torch.ops.objslot.slot_attention_backward(*given, ctx.scale, ctx.eps, needs, ctx.backend)
     grads = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
     return (*grads, None, None, None, None)
+
+
+class _Direct(torch.autograd.Function):
+    """The op on tensors that need no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, scale, eps, return_logits, backend):
+        inputs = q, k, v, mask, bias, scale, eps, return_logits
+        found = native.forward(*inputs)
+        _setup_context(ctx, (*inputs, backend), found)
+        return found
+
+    backward = staticmethod(_gradients)
+
+
+def slot_attention(q, k, v, mask, bias, scale, eps, return_logits, backend):
+    """Updates and logits, by the shortest way; the latter empty unless asked for."""
+    tensors = q, k, v, mask, bias
+    if backend is None and _direct.possible(*tensors):
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return _Direct.apply(*tensors, scale, eps, return_logits, "cpu")[:2]
+        return native.forward(*tensors, scale, eps, return_logits)[:2]
+    return torch.ops.objslot.slot_attention(*tensors, scale, eps, return_logits, backend)[:2]
 
 
 def _differentiable_backward(

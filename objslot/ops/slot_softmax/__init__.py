@@ -43,7 +43,7 @@ def slot_softmax(
     check_sizes("logits", logits.shape, groups=-3, slots=-2)
     if mask is not None:
         mask = prepare_mask(mask, logits, "logits", (*logits.shape[:-2], logits.shape[-1]))
-    return torch.ops.objslot.slot_softmax(logits, mask, eps, backend)[0]
+    return autograd.slot_softmax(logits, mask, eps, backend)
 
 
 def facts(logits: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> dict:

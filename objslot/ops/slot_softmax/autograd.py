@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _autocast, _backends, _native, _triton
+from objslot.ops import _autocast, _backends, _direct, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops._second_order import register_second_order
 from objslot.ops.slot_softmax import native, reference
@@ -82,10 +82,34 @@ def _gradients(ctx, grad, _):
         return None, None, None, None
     logits, mask, mass = ctx.saved_tensors
     needs_mask = ctx.needs_input_grad[1]
-    grad_logits, grad_mask = torch.ops.objslot.slot_softmax_backward(
-        grad, logits, mask, mass, ctx.eps, needs_mask, ctx.backend
-    )
+    if ctx.backend == "cpu" and not torch.is_grad_enabled() and _direct.possible(grad, logits, mask):
+        grad_logits, grad_mask = native.backward(grad, logits, mask, mass, ctx.eps, needs_mask)
+    else:
+        grad_logits, grad_mask = torch.ops.objslot.slot_softmax_backward(
+            grad, logits, mask, mass, ctx.eps, needs_mask, ctx.backend
+        )
     return grad_logits, grad_mask if needs_mask else None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The op on tensors that need no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, logits, mask, eps, backend):
+        found = native.forward(logits, mask, eps)
+        _setup_context(ctx, (logits, mask, eps, backend), found)
+        return found
+
+    backward = staticmethod(_gradients)
+
+
+def slot_softmax(logits, mask, eps, backend):
+    """The weights, by the shortest way."""
+    if backend is None and _direct.possible(logits, mask):
+        if torch.is_grad_enabled() and (logits.requires_grad or (mask is not None and mask.requires_grad)):
+            return _Direct.apply(logits, mask, eps, "cpu")[0]
+        return native.forward(logits, mask, eps)[0]
+    return torch.ops.objslot.slot_softmax(logits, mask, eps, backend)[0]
 
 
 def _differentiable_backward(grad, logits, mask, mass, eps, needs_mask, backend):
