@@ -81,7 +81,7 @@ def _choose(
     known = {path.stem: path for path in sorted((root / lists).glob("*.txt"))} if lists else {}
     if subset is None:
         subset = "val" if "val" in known else next(iter(known)) if len(known) == 1 else on_disk
-    if isinstance(subset, str) and (subset in known or Path(subset).is_file()):
+    if isinstance(subset, str) and (subset in known or _is_file(subset)):
         path = known.get(subset, Path(subset))
         names = list(dict.fromkeys(_name_of(line) for line in path.read_text().splitlines() if line.strip()))
         missing = [name for name in names if name not in on_disk]
@@ -102,6 +102,14 @@ def _choose(
     if not names:
         raise UserError(f"{root}: holds no sequence in the layout of {dataset}")
     return names
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:
+        # Many names in a row are longer than a path may be.
+        return False
 
 
 def _name_of(line: str) -> str:

@@ -204,3 +204,10 @@ def test_data_set_and_root_are_checked(tmp_path):
         open_sequences("fbms", tmp_path / "nowhere")
     with pytest.raises(UserError, match="JPEGImages/480p: no such folder"):
         open_sequences("davis2016", tmp_path)
+
+
+def test_more_names_than_a_path_may_be_long(tmp_path):
+    names = [f"{'x' * 20}{i:02d}" for i in range(20)]
+    for name in names:
+        davis(tmp_path, name, WHITE, palette=False)
+    assert [s.name for s in open_sequences("davis2016", tmp_path, ",".join(names))] == names
