@@ -12,7 +12,7 @@ struct ForwardScratch {
   uint32_t *packed, *packed_weights, *words;
 };
 
-// Rows of the sums, and elements in each.
+// Rows of the sums.
 template <class T>
 static int64_t sums_rows(const SlotAttentionProblem& p, const Layout& layout) {
 #ifdef OBJSLOT_TILES
@@ -20,13 +20,6 @@ static int64_t sums_rows(const SlotAttentionProblem& p, const Layout& layout) {
 #endif
   (void)p;
   return layout.rows;
-}
-template <class T>
-static int64_t sums_stride(const SlotAttentionProblem& p) {
-#ifdef OBJSLOT_TILES
-  if (tiles_serve(p)) return quads_of(p.value_width) * 4 * block;
-#endif
-  return padded<T>(p.value_width);
 }
 
 template <class T>
@@ -38,16 +31,14 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   s.eps = shelf.take<T>(layout.lanes);
   s.bias = shelf.take<T>(layout.lanes);
   s.weights = shelf.take<T>(tile * layout.lanes);
-  s.sums = shelf.take<T>(sums_rows<T>(p, layout) * sums_stride<T>(p));
+  s.sums = shelf.take<T>(sums_rows<T>(p, layout) * sums_stride<T>(p, p.value_width));
   s.mass = shelf.take<T>(layout.lanes);
   s.tile_mass = shelf.take<T>(layout.lanes);
   s.buffer = shelf.take<T>((longest > layout.lanes ? longest : layout.lanes) + tile);
   const bool copies = p.mask || p.row_mean || !native<T>(p.element);
   s.keys = shelf.take<T>(copies ? tile * keys : 0);
   s.values = shelf.take<T>(copies && p.v ? tile * values : 0);
-  s.live.index = shelf.take<int32_t>(tile);
-  s.live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
-  s.live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
+  take_live(p, layout, shelf, s.live);
 #ifdef OBJSLOT_TILES
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
@@ -101,7 +92,7 @@ static void write_logits(const SlotAttentionProblem& p, const Layout& layout, co
 template <class T>
 static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                           ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
-  const int64_t sums_width = sums_stride<T>(p);
+  const int64_t sums_width = sums_stride<T>(p, p.value_width);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
   pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.buffer,
                      s.qt);
@@ -145,7 +136,8 @@ static void lane_rows(const void* slots, Element element, int64_t offset, const 
 template <Precision P>
 static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                                    ForwardScratch<float>& s, int64_t batch, int64_t begin, int64_t end) {
-  const int64_t lanes = layout.lanes, columns = blocks_of(p.width) * block, stride = sums_stride<float>(p);
+  const int64_t lanes = layout.lanes, columns = blocks_of(p.width) * block,
+                stride = sums_stride<float>(p, p.value_width);
   const int64_t keys = batch * p.k_stride, values = batch * p.v_stride;
   lane_constants<float>(p, layout, batch, s.buffer, s.eps, s.bias);
   lane_rows(p.q, p.element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
@@ -189,7 +181,7 @@ static void run_share(const SlotAttentionProblem& p, const SlotAttentionResult& 
 template <class T>
 static void write_updates(const SlotAttentionProblem& p, const SlotAttentionResult& r, const Layout& layout,
                           int64_t batch, T* sums, const T* mass) {
-  const int64_t values = sums_stride<T>(p);
+  const int64_t values = sums_stride<T>(p, p.value_width);
   for (int64_t g = 0; g < p.groups; ++g)
     for (int64_t i = 0; i < p.slots; ++i) {
       const int64_t lane = g * layout.step + i, out = (batch * p.groups + g) * p.slots + i;
@@ -207,7 +199,7 @@ static int64_t forward_plan(const SlotAttentionProblem& p, int threads, char* ba
   Shelf scratch{nullptr};
   forward_scratch<T>(p, layout, scratch);
   const int64_t shares = shares_of(p.positions);
-  const int64_t one = sums_rows<T>(p, layout) * sums_stride<T>(p) + layout.lanes;
+  const int64_t one = sums_rows<T>(p, layout) * sums_stride<T>(p, p.value_width) + layout.lanes;
   if (partial) *partial = base + threads * scratch.used;
   return threads * scratch.used + (shares > 1 ? p.batch * shares * one * static_cast<int64_t>(sizeof(T)) : 0);
 }
@@ -215,7 +207,7 @@ static int64_t forward_plan(const SlotAttentionProblem& p, int threads, char* ba
 template <class T>
 static void run_forward(const SlotAttentionProblem& p, const SlotAttentionResult& r, void* workspace, int threads) {
   const Layout layout = layout_of<T>(p.groups, p.slots);
-  const int64_t shares = shares_of(p.positions), sums = sums_rows<T>(p, layout) * sums_stride<T>(p);
+  const int64_t shares = shares_of(p.positions), sums = sums_rows<T>(p, layout) * sums_stride<T>(p, p.value_width);
   const int64_t one = sums + layout.lanes;
   char *base = static_cast<char*>(workspace), *partial_base;
   Shelf counter{nullptr};

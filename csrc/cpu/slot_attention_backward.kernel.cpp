@@ -105,12 +105,13 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
                           row * p.value_width, count, s.grad_values, stream_values);
     if (r.grad_q)
       gather<T>(s.slopes, layout.lanes, layout.rows, s.live.count, keys, key_stride, p.width, s.grad_q,
-                grad_q_stride<T>(p), {});
+                sums_stride<T>(p, p.width), {});
   }
   if (stream_keys || stream_values) end_of_stream();
 #ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4)
-    if (tiled && r.grad_q && !sound_rows(s.grad_q, layout.lanes, grad_q_stride<T>(p), grad_q_stride<T>(p))) {
+    if (tiled && r.grad_q &&
+        !sound_rows(s.grad_q, layout.lanes, sums_stride<T>(p, p.width), sums_stride<T>(p, p.width))) {
       SlotAttentionGradient again = r;
       again.grad_k = again.grad_v = again.grad_mask = nullptr;
       backward_share<T>(p, again, layout, s, batch, begin, end, false);
@@ -121,7 +122,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
 template <class T>
 static void write_slots(const SlotAttentionProblem& p, const SlotAttentionGradient& r, const Layout& layout,
                         int64_t batch, T* grad_q, const T* grad_bias) {
-  const int64_t keys = grad_q_stride<T>(p);
+  const int64_t keys = sums_stride<T>(p, p.width);
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t lane = g * layout.step, slot = (batch * p.groups + g) * p.slots;
     if (r.grad_bias) write_row<T>(grad_bias + lane, r.grad_bias, p.element, slot, p.slots);
@@ -140,7 +141,7 @@ static int64_t backward_plan(const SlotAttentionProblem& p, int threads, char* b
   Shelf scratch{nullptr};
   backward_scratch<T>(p, layout, scratch);
   const int64_t shares = shares_of(p.positions);
-  const int64_t one = layout.lanes * (grad_q_stride<T>(p) + 1);
+  const int64_t one = layout.lanes * (sums_stride<T>(p, p.width) + 1);
   if (partial) *partial = base + threads * scratch.used;
   return threads * scratch.used + (shares > 1 ? p.batch * shares * one * static_cast<int64_t>(sizeof(T)) : 0);
 }
@@ -148,7 +149,7 @@ static int64_t backward_plan(const SlotAttentionProblem& p, int threads, char* b
 template <class T>
 static void run_backward(const SlotAttentionProblem& p, const SlotAttentionGradient& r, void* workspace, int threads) {
   const Layout layout = layout_of<T>(p.groups, p.slots);
-  const int64_t shares = shares_of(p.positions), keys = grad_q_stride<T>(p);
+  const int64_t shares = shares_of(p.positions), keys = sums_stride<T>(p, p.width);
   const int64_t one = layout.lanes * (keys + 1);
   char *base = static_cast<char*>(workspace), *partial_base;
   Shelf counter{nullptr};

@@ -21,15 +21,6 @@ struct BackwardScratch {
   T* product;
 };
 
-// Elements of a row of the gradient of q.
-template <class T>
-static int64_t grad_q_stride(const SlotAttentionProblem& p) {
-#ifdef OBJSLOT_TILES
-  if (tiles_serve(p)) return quads_of(p.width) * 4 * block;
-#endif
-  return padded<T>(p.width);
-}
-
 template <class T>
 static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const Layout& layout, Shelf& shelf) {
   const int64_t keys = padded<T>(p.width), values = padded<T>(p.value_width);
@@ -47,7 +38,7 @@ static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const 
   s.logit_grads = shelf.take<T>(tile * layout.lanes);
   s.sums = shelf.take<T>(layout.lanes);
   s.row = shelf.take<T>(layout.lanes);
-  s.grad_q = shelf.take<T>(layout.lanes * grad_q_stride<T>(p));
+  s.grad_q = shelf.take<T>(layout.lanes * sums_stride<T>(p, p.width));
   s.grad_bias = shelf.take<T>(layout.lanes);
   s.grad_mask = shelf.take<T>(p.groups * tile);
   s.buffer = shelf.take<T>((longest > layout.lanes ? longest : layout.lanes) + tile);
@@ -56,9 +47,7 @@ static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const 
   s.values = shelf.take<T>(copies && p.v ? tile * values : 0);
   s.grad_keys = shelf.take<T>(copies ? tile * keys : 0);
   s.grad_values = shelf.take<T>(copies && p.v ? tile * values : 0);
-  s.live.index = shelf.take<int32_t>(tile);
-  s.live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
-  s.live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
+  take_live(p, layout, shelf, s.live);
 #ifdef OBJSLOT_TILES
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
@@ -89,7 +78,7 @@ static void prepare(const SlotAttentionProblem& p, const SlotAttentionGradient& 
   clear(s.q_rows, layout.lanes * keys);
   clear(s.dz_rows, layout.lanes * values);
   clear(s.centre, layout.lanes);
-  clear(s.grad_q, layout.lanes * grad_q_stride<T>(p));
+  clear(s.grad_q, layout.lanes * sums_stride<T>(p, p.width));
   clear(s.grad_bias, layout.lanes);
   const T scale = T(p.scale);
   for (int64_t g = 0; g < p.groups; ++g)

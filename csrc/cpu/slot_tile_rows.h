@@ -98,3 +98,25 @@ OBJSLOT_INLINE bool finish_products(float* products, int64_t count, int64_t lane
 
 }  // namespace objslot::OBJSLOT_ISA
 #endif
+
+namespace objslot::OBJSLOT_ISA {
+
+// Elements of a row of sums over positions of rows of `width`: tiles write whole quads of blocks.
+template <class T>
+OBJSLOT_INLINE int64_t sums_stride(const SlotAttentionProblem& p, int64_t width) {
+#ifdef OBJSLOT_TILES
+  if (tiles_serve(p)) return quads_of(width) * 4 * block;
+#endif
+  (void)p;
+  return padded<T>(width);
+}
+
+// Memory for the positions of a tile that a mask leaves.
+template <class T>
+OBJSLOT_INLINE void take_live(const SlotAttentionProblem& p, const Layout& layout, Shelf& shelf, Live<T>& live) {
+  live.index = shelf.take<int32_t>(tile);
+  live.mask = shelf.take<T>(p.mask ? p.groups * tile : 0);
+  live.lanes = shelf.take<T>(p.mask ? tile * layout.lanes : 0);
+}
+
+}  // namespace objslot::OBJSLOT_ISA
