@@ -1,5 +1,6 @@
 """Sinkhorn's errors against its definition in float64, held to those of plain PyTorch."""
 
+import itertools
 import math
 import statistics
 
@@ -65,20 +66,49 @@ def test_small_eps_is_as_exact_as_plain_pytorch(eps, n_iters):
     assert max(means.values()) <= 1.05, means
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("eps", [1e-3, 0.05, 10.0])
-@pytest.mark.parametrize("small", [1e-12, 1e-30])
-def test_marginals_that_nearly_vanish(backend, eps, small):
-    """The plan is as exact as ever; the gradients are finite."""
+def vanishing(backend, eps, small):
+    """Errors of plan and gradients in float32 where all masses but one, or one mass among others, are `small`."""
     a, b = masses(2, 12), masses(2, 15, seed=3)
     a[0, :11] = a[1, 2] = b[0, 4] = small
     b[1, 1:] = small
     a, b = (mass / mass.sum(-1, keepdim=True) for mass in (a, b))
-    problem = cosines(2, 12, 15), a, b, eps, 3
-    (_, plan, error, plain_error), *gradients = errors(backend, torch.float32, *problem)
-    assert plan.isfinite().all()
-    assert error <= 2 * plain_error + 4 * torch.finfo(torch.float32).eps
-    assert all(value.isfinite().all() for _, value, *_ in gradients)
+    found = list(errors(backend, torch.float32, cosines(2, 12, 15), a, b, eps, 3))
+    assert all(value.isfinite().all() for _, value, *_ in found)
+    rounding = 4 * torch.finfo(torch.float32).eps
+    return {name: (error, 2 * plain_error + rounding) for name, _, error, plain_error in found}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("eps", [1e-3, 0.05, 10.0])
+@pytest.mark.parametrize("small", [1e-12, 1e-30])
+def test_marginals_that_nearly_vanish(backend, eps, small):
+    """The plan and the gradient of the scores are as exact as ever."""
+    found = vanishing(backend, eps, small)
+    for name in ("plan", "scores"):
+        error, allowed = found[name]
+        assert error <= allowed, name
+
+
+INEXACT = {("reference", 1e-3, 1e-30), ("cpu", 1e-3, 1e-30), ("cpu", 0.05, 1e-30), ("cpu", 0.05, 1e-12)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "eps", "small"),
+    [
+        pytest.param(
+            *case,
+            marks=pytest.mark.xfail(strict=True, reason="loses the digits of a difference: see the README's caveats")
+            if case in INEXACT
+            else (),
+        )
+        for case in itertools.product(BACKENDS, [1e-3, 0.05, 10.0], [1e-12, 1e-30])
+    ],
+)
+def test_gradients_of_marginals_that_nearly_vanish(backend, eps, small):
+    found = vanishing(backend, eps, small)
+    for name in ("a", "b"):
+        error, allowed = found[name]
+        assert error <= allowed, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
