@@ -38,13 +38,13 @@ class Digest:
         parts = [
             self._origin(),
             self._picture(),
-            "Medians of objslot, and how many times as long peers took that compute the same: PyTorch in eager mode "
-            f"/ the fastest of `torch.compile`. float32, {self.threads} threads.",
+            "Medians of objslot, called several times in a row, and how many times as long peers took that compute the "
+            f"same: PyTorch in eager mode / the fastest of `torch.compile`. float32, {self.threads} threads.",
             _markdown(("", "forward", "eager / compiled", "forward + backward", "eager / compiled"), self._rows()),
             self._slower(),
             self._training(),
-            "The sizes' meaning, every peer, spread, dtype and thread count, peak memory, and growth with the sizes: "
-            "[docs/benchmarks.md](docs/benchmarks.md).",
+            "The sizes' meaning, every peer, spread, dtype and thread count, the first call after others, peak memory, "
+            "and growth with the sizes: [docs/benchmarks.md](docs/benchmarks.md).",
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -56,9 +56,9 @@ class Digest:
                 (record["name"], *_everything(record))
                 for record in sorted(group.values(), key=lambda record: record["name"] != runner.OURS)
             ]
-            head = next(iter(group.values()))
-            parts.append(f"**{table.heading(head)}**")
-            parts.append(_markdown(("", "median", "quartiles", "times objslot", "error", "remark"), rows))
+            parts.append(f"**{table.heading(next(iter(group.values())))}**")
+            head = ("", "median", "quartiles", "times objslot", "first call", "error", "remark")
+            parts.append(_markdown(head, rows))
         return "\n\n".join(parts)
 
     def short(self) -> str:
@@ -155,7 +155,8 @@ class Digest:
             if operation != TRAINING_STEP or ours is None:
                 continue
             if not mode.startswith(WHOLE_STEP):
-                parts.append((mode, _median(ours), _median(theirs), _ratio_of(theirs)))
+                peaks = self._peak(ours), self._peak(theirs)
+                parts.append((mode, _median(ours), peaks[0], _median(theirs), peaks[1], _ratio_of(theirs)))
                 continue
             images = ours["sizes"]["clips"] * ours["sizes"]["frames"]
             rate = f"{images / ours['seconds']['median']:.1f}" if "seconds" in ours else ""
@@ -173,7 +174,8 @@ class Digest:
         text = f"A training step ({self._training_sizes()}, ViT-S/16, {self.threads} threads):\n\n"
         text += _markdown(head, rows)
         if parts:
-            head = ("part, encoder frozen, float32", "objslot", "authors' formulation", "times")
+            part = "part, encoder frozen, float32"
+            head = (part, "objslot", "memory", "authors' formulation", "memory", "times")
             text += f"\n\n{_markdown(head, parts)}"
         return text
 
@@ -183,7 +185,7 @@ class Digest:
             return ""
         peaks = (r["peak_bytes"] for r in self.memory if _key(r) == _key(record) and r["name"] == record["name"])
         peak = next(peaks, None)
-        return table.size(peak) if peak else ""
+        return "" if peak is None else table.size(peak)
 
     def _training_sizes(self) -> str:
         sizes = next(group for key, group in self.groups.items() if key[0] == TRAINING_STEP)
@@ -221,10 +223,12 @@ class Digest:
 
 
 LEGEND = """\
-Medians of interleaved rounds. Times objslot: the median, and the quartiles, of the ratios formed in each round; above
-1 the peer is slower. Error: the relative error against float64 of results and gradients. Limit: the longest of copying
-what must be read and written, of the matrix products and of the exponentials, at the rates measured in the same run. A
-sample that exceeds the third quartile by three interquartile ranges is dropped and counted."""
+Medians of interleaved rounds; a sample of a round is the mean of calls in a row that take 5 ms or more. First call:
+that before the sample, which finds the caches as the others left them, and its ratio; not part of the sample. Times
+objslot: the median, and the quartiles, of the ratios formed in each round; above 1 the peer is slower. Error: the
+relative error against float64 of results and gradients. Limit: the longest of copying what must be read and written,
+of the matrix products and of the exponentials, at the rates measured in the same run. A sample that exceeds the third
+quartile by three interquartile ranges is dropped and counted."""
 
 
 def _key(record: dict) -> tuple:
@@ -267,7 +271,7 @@ def _everything(record: dict) -> tuple[str, ...]:
     remark = [] if record["status"] == runner.OK else [record["status"]]
     remark += [record["note"]] if record["note"] else []
     if "seconds" not in record:
-        return "", "", "", error, ": ".join(remark)
+        return "", "", "", "", error, ": ".join(remark)
     seconds = record["seconds"]
     quartiles = f"{table.duration(seconds['low'])} to {table.duration(seconds['high'])}"
     ratio = ""
@@ -280,7 +284,16 @@ def _everything(record: dict) -> tuple[str, ...]:
         remark.append(f"{table.times(record['distance'])} the {record['limit']['by']} limit")
     if record["dropped"]:
         remark.append(f"{record['dropped']} of {record['samples']} samples dropped")
-    return table.duration(seconds["median"]), quartiles, ratio, error, "; ".join(remark)
+    return table.duration(seconds["median"]), quartiles, ratio, _first_call(record), error, "; ".join(remark)
+
+
+def _first_call(record: dict) -> str:
+    """Steps of training and their parts have none."""
+    if "first" not in record:
+        return ""
+    ratio = record["first"].get("ratio")
+    after = "" if ratio is None else f" ({table.times(ratio['median'])})"
+    return table.duration(record["first"]["seconds"]["median"]) + after
 
 
 def _markdown(head: Sequence[str], rows) -> str:

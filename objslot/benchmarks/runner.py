@@ -173,11 +173,16 @@ def _timed(
 
 
 def _figures(own: Samples, ours: Samples | None, name: str, limit: dict) -> dict:
+    first = Samples(own.first)
     figures = {"seconds": asdict(own.quartiles), "samples": own.taken, "dropped": own.dropped}
+    figures["first"] = {"seconds": asdict(first.quartiles)}
     if name == OURS:
         return {**figures, "limit": limit, "distance": own.quartiles.median / limit["seconds"]}
-    ratio = None if ours is None else paired_ratio(own, ours)
-    return figures if ratio is None else {**figures, "ratio": asdict(ratio)}
+    if ours is None or (ratio := paired_ratio(own, ours)) is None:
+        return figures
+    if (of_first := paired_ratio(first, Samples(ours.first))) is not None:
+        figures["first"]["ratio"] = asdict(of_first)
+    return {**figures, "ratio": asdict(ratio)}
 
 
 def _call(call: Call, problem: Problem, mode: str) -> Callable[[], object]:

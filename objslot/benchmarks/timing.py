@@ -1,8 +1,9 @@
 """Interleaved rounds of calls, and what is read from them.
 
-A round calls every contestant once, in a new random order. A sample lies far out, and is dropped, when it exceeds
-the third quartile of its contestant's samples by more than three interquartile ranges (Tukey's outer fence), the
-range taken as at least 2 % of the median. The rule is the same for everybody, and the dropped samples are counted.
+A round gives every contestant one sample, in a new random order. A sample is several calls in a row, after a first one
+that finds the caches as the others left them: that one is timed apart. A sample lies far out, and is dropped, when it
+exceeds the third quartile of its contestant's samples by more than three interquartile ranges (Tukey's outer fence),
+the range taken as at least 2 % of the median. The rule is the same for everybody, and the dropped samples are counted.
 Ratios are formed inside a round, of samples that both stand.
 """
 
@@ -17,8 +18,8 @@ import torch
 
 FENCE = 3.0
 LEAST_RANGE = 0.02
-# A sample shorter than this is made of several calls, in seconds.
-SHORTEST_SAMPLE = 5e-4
+# A sample has so many calls that it lasts this long, in seconds.
+SHORTEST_SAMPLE = 5e-3
 # The least and the most rounds.
 ROUNDS = (7, 51)
 # The share of the budget that one slow contestant may use up.
@@ -40,9 +41,13 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one contestant in every round, NaN where it did not take part."""
+    """Seconds a call of one contestant in every round, NaN where it did not take part.
+
+    `first`: of the call before those of the sample, where it was timed apart.
+    """
 
     seconds: np.ndarray
+    first: np.ndarray | None = None
 
     @property
     def kept(self) -> np.ndarray:
@@ -81,22 +86,27 @@ def measure(
     *,
     clock: Callable[[Callable[[], object], int], float] | None = None,
     rounds: tuple[int, int] = ROUNDS,
+    first_apart: bool = True,
 ) -> dict[str, Samples]:
     """Times warmed-up calls in interleaved rounds that take about `budget` seconds.
+
+    Without `first_apart` the first call of a sample counts like the others: for calls that are too long to leave
+    anything in the caches.
 
     A contestant that alone would use up much of the budget takes part in some of the rounds only, spread over the run;
     the rounds of one that takes part less often are among those of one that does so more often, to form ratios of both.
     `clock` gives the seconds that a number of calls took.
     """
     clock = clock or (cuda_seconds if device.type == "cuda" else cpu_seconds)
-    once = {name: clock(call, 1) for name, call in calls.items()}
+    once = {name: min(clock(call, 1) for _ in range(1 + first_apart)) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7))) for name, seconds in once.items()}
-    cost = {name: once[name] * repeats[name] for name in calls}
+    cost = {name: once[name] * (repeats[name] + first_apart) for name in calls}
     slow = {name for name in calls if cost[name] * rounds[0] > SLOW_SHARE * budget}
     fast = sum(cost[name] for name in calls if name not in slow)
     left = budget * (1 - SLOW_SHARE) if slow else budget
     count = rounds[0] if fast == 0 else min(rounds[1], max(rounds[0], int(left / fast)))
-    samples = {name: np.full(count, np.nan) for name in calls}
+    empty = np.full(count, np.nan)
+    samples = {name: Samples(empty.copy(), empty.copy() if first_apart else None) for name in calls}
     share = SLOW_SHARE * budget / max(len(slow), 1)
     takes_part, order = {}, _spread(count)
     for name in calls:
@@ -107,8 +117,10 @@ def measure(
         names = [name for name in calls if number in takes_part[name]]
         shuffle.shuffle(names)
         for name in names:
-            samples[name][number] = clock(calls[name], repeats[name]) / repeats[name]
-    return {name: Samples(seconds) for name, seconds in samples.items()}
+            if first_apart:
+                samples[name].first[number] = clock(calls[name], 1)
+            samples[name].seconds[number] = clock(calls[name], repeats[name]) / repeats[name]
+    return samples
 
 
 def _spread(count: int) -> list[int]:

@@ -4,18 +4,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from objslot.benchmarks import checking, runner
-from objslot.benchmarks.suite import AUTHORS
+from objslot.benchmarks import checking, memory, runner
+from objslot.benchmarks.suite import AUTHORS, TRAINING_STEP
 from objslot.benchmarks.timing import measure
 from objslot.benchmarks.training_step import SETTINGS, Step, base_record, row
 from objslot.models.branch import random_noise
 from objslot.models.correspondence import draw_other_frames, gather_frames
 
 ROUNDS, BUDGET = (5, 15), 1.5
+PARTS = ("encoder", "correspondence", "slots", "losses", "optimiser", "teacher")
 
 
 def rows(device: torch.device, threads: int) -> Iterator[dict]:
-    """Each part forward, and backward where something learns, on inputs that are made beforehand."""
+    """The time of each part forward, and backward where something learns, on inputs that are made beforehand."""
     torch.set_num_threads(threads)
     step = Step(device, SETTINGS[0])
     error, authors_error = step.errors()
@@ -28,6 +29,24 @@ def rows(device: torch.device, threads: int) -> Iterator[dict]:
         base, own = base_record(device, step.dtype, threads, mode), samples.get(runner.OURS)
         yield base | {"name": runner.OURS} | row(error, bound, own, own)
         yield base | {"name": AUTHORS} | row(authors_error, bound, samples[AUTHORS], own)
+
+
+def peaks(device: torch.device, threads: int) -> Iterator[dict]:
+    """What each part holds at most on top of its inputs."""
+    with memory.Measurer(device) as measurer:
+        for part in PARTS:
+            base = base_record(device, SETTINGS[0].dtype, threads, part)
+            for name in (runner.OURS, AUTHORS):
+                request = {TRAINING_STEP: SETTINGS[0].encoder, "part": part, "name": name}
+                request |= {"dtype": base["dtype"], "threads": threads}
+                call = None if device.type == "cpu" else part_call(Step(device, SETTINGS[0]), request)
+                yield {**base, "kind": "memory", "name": name, "peak_bytes": measurer.peak_of(request, call)}
+
+
+def part_call(step: Step, request: dict) -> Callable:
+    """The part that a request for its peak memory describes."""
+    ours, theirs = next(calls for part, *calls in part_calls(step) if part == request["part"])
+    return ours if request["name"] == runner.OURS else theirs
 
 
 def part_calls(step: Step) -> Iterator[tuple[str, Callable, Callable]]:

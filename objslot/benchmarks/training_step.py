@@ -161,6 +161,7 @@ def jobs(plan: Plan) -> list[Job]:
         Job(f"{TRAINING_STEP} whole", partial(_whole, plan.device, SETTINGS, threads)),
         Job(f"{TRAINING_STEP} memory", partial(_peaks, plan.device, SETTINGS, threads)),
         Job(f"{TRAINING_STEP} parts", partial(training_parts.rows, plan.device, threads)),
+        Job(f"{TRAINING_STEP} parts' memory", partial(training_parts.peaks, plan.device, threads)),
     ]
 
 
@@ -193,8 +194,9 @@ def _whole(device: torch.device, settings: tuple[Setting, ...], threads: int) ->
                 calls[setting, name] = run
     for call in calls.values():
         call()
-    # `measure` names its contestants.
-    samples = measure({str(key): call for key, call in calls.items()}, BUDGET, device, rounds=ROUNDS)
+    # `measure` names its contestants. Steps are too long to find anything of the one before in the caches.
+    named = {str(key): call for key, call in calls.items()}
+    samples = measure(named, BUDGET, device, rounds=ROUNDS, first_apart=False)
     for setting in settings:
         base = base_record(device, setting.dtype, threads, setting.mode)
         own = samples.get(str((setting, runner.OURS)))
@@ -238,6 +240,10 @@ def _peaks(device: torch.device, settings: tuple[Setting, ...], threads: int) ->
 
 
 def step_call(device: torch.device, request: dict) -> Callable[[], None]:
-    """The step that a request for its peak memory describes."""
+    """The step, or its part, that a request for its peak memory describes."""
     step = Step(device, Setting(getattr(torch, request["dtype"]), request[TRAINING_STEP]))
+    if "part" in request:
+        from objslot.benchmarks import training_parts
+
+        return training_parts.part_call(step, request)
     return step.run_ours if request["name"] == runner.OURS else step.run_theirs

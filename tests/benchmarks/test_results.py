@@ -14,8 +14,8 @@ QUARTILES = {"median": float, "low": float, "high": float}
 SCHEMA = {
     "job": str, "kind": str, "operation": str, "shape": str, "sizes": dict, "device": str, "dtype": str,
     "threads": int, "mode": str, "name": str, "status": str, "note": str, "error": float, "bound": float,
-    "seconds": dict, "samples": int, "dropped": int, "machine": dict, "versions": dict, "commit": (str, type(None)),
-    "date": str,
+    "seconds": dict, "first": dict, "samples": int, "dropped": int, "machine": dict, "versions": dict,
+    "commit": (str, type(None)), "date": str,
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def test_right_results_get_a_speed_a_paired_ratio_and_a_limit():
         assert 0 <= ours["error"] <= ours["bound"]
         assert 0 < peer["seconds"]["low"] <= peer["seconds"]["median"] <= peer["seconds"]["high"]
         assert peer["samples"] >= 3 and peer["ratio"]["median"] > 0
+        assert peer["first"]["seconds"]["median"] > 0 and peer["first"]["ratio"]["median"] > 0
         assert ours["limit"]["seconds"] >= ours["limit"]["copy_seconds"] > 0
         assert ours["distance"] == pytest.approx(ours["seconds"]["median"] / ours["limit"]["seconds"])
 

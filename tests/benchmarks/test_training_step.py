@@ -30,7 +30,7 @@ def small_steps(monkeypatch):
 
 
 def test_whole_steps_are_timed_beside_the_same_and_the_literal_setting(small_steps):
-    whole, _, parts = training_step.jobs(suite.Plan(device=CPU, threads=[torch.get_num_threads()]))
+    whole, _, parts, _ = training_step.jobs(suite.Plan(device=CPU, threads=[torch.get_num_threads()]))
     found = {(record["mode"], record["dtype"], record["name"]): record for record in whole.run()}
     for setting in training_step.SETTINGS:
         key = setting.mode, str(setting.dtype).removeprefix("torch.")
@@ -41,7 +41,35 @@ def test_whole_steps_are_timed_beside_the_same_and_the_literal_setting(small_ste
             literal = found[(*key, suite.AUTHORS_LEARNING)]
             assert literal["status"] == "other result" and literal["ratio"]["median"] > 0
     names = [record["mode"] for record in parts.run() if record["name"] == "objslot"]
-    assert names == ["encoder", "correspondence", "slots", "losses", "optimiser", "teacher"]
+    assert names == list(training_parts.PARTS)
+
+
+@pytest.mark.parametrize("part", training_parts.PARTS)
+def test_the_memory_of_a_part_is_that_of_its_own_call(small_steps, monkeypatch, part):
+    called = []
+
+    class Here:
+        """Measures in this process what another would."""
+
+        def __init__(self, device): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *failure): ...
+
+        def peak_of(self, request, call):
+            training_step.step_call(CPU, request)()
+            called.append((request["part"], request["name"]))
+            return 1
+
+    monkeypatch.setattr(training_parts.memory, "Measurer", Here)
+    monkeypatch.setattr(training_parts, "PARTS", (part,))
+    records = list(training_parts.peaks(CPU, 1))
+    assert called == [(part, "objslot"), (part, suite.AUTHORS)]
+    assert [(record["kind"], record["mode"], record["name"]) for record in records] == [
+        ("memory", part, name) for name in ("objslot", suite.AUTHORS)
+    ]
 
 
 def test_a_step_that_is_wrong_has_no_time(monkeypatch):

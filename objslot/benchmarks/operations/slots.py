@@ -190,8 +190,8 @@ OPERATIONS = (
         shapes=((32, 1, 16, 256, 384), (2, 1, 16, 1620, 384)),
         quick=((32, 1, 16, 256, 384),),
         scaling={
-            "positions": tuple((1, 1, 16, count, 64) for count in (64, 256, 1024, 4096, 16384)),
-            "slots": tuple((1, 1, count, 1024, 64) for count in (4, 16, 64, 256)),
+            "positions": tuple((8, 1, 16, count, 64) for count in (64, 256, 1024, 4096, 16384)),
+            "slots": tuple((8, 1, count, 1024, 64) for count in (4, 16, 64, 256)),
         },
     ),
     Operation(
