@@ -223,7 +223,7 @@ class Digest:
 
 
 LEGEND = """\
-Medians of interleaved rounds; a sample of a round is the mean of calls in a row that take 5 ms or more. First call:
+Medians of interleaved rounds; a sample of a round is the mean of calls in a row that take 20 ms or more. First call:
 that before the sample, which finds the caches as the others left them, and its ratio; not part of the sample. Times
 objslot: the median, and the quartiles, of the ratios formed in each round; above 1 the peer is slower. Error: the
 relative error against float64 of results and gradients. Limit: the longest of copying what must be read and written,

@@ -16,7 +16,7 @@ TRAINING_STEP, WHOLE_STEP = "training_step", "whole step"
 AUTHORS, AUTHORS_LEARNING = "authors' formulation", "authors' formulation, encoder learns, float32"
 
 # Seconds of rounds for one mode of one shape.
-BUDGET, BUDGET_QUICK, BUDGET_SCALING = 0.8, 0.4, 0.3
+BUDGET, BUDGET_QUICK, BUDGET_SCALING = 1.0, 0.4, 0.3
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 FENCE = 3.0
 LEAST_RANGE = 0.02
 # A sample has so many calls that it lasts this long, in seconds.
-SHORTEST_SAMPLE = 5e-3
+SHORTEST_SAMPLE = 20e-3
 # The least and the most rounds.
 ROUNDS = (7, 51)
 # The share of the budget that one slow contestant may use up.

@@ -64,7 +64,7 @@ def test_rounds_in_which_a_contestant_did_not_take_part_count_for_nothing():
 
 def test_rounds_are_interleaved_in_changing_order():
     clock = Clock()
-    samples = measure(contestants(a=1e-2, b=2e-2), 0.3, CPU, clock=clock, rounds=(3, 10), first_apart=False)
+    samples = measure(contestants(a=1e-2, b=2e-2), 0.5, CPU, clock=clock, rounds=(3, 10), first_apart=False)
     rounds = [[name for name, _ in clock.order[2:][start : start + 2]] for start in range(0, 20, 2)]
     assert all(sorted(names) == ["a", "b"] for names in rounds)
     assert len({tuple(names) for names in rounds}) == 2
@@ -87,7 +87,7 @@ def test_the_first_call_after_others_is_timed_apart():
         assert samples[name].quartiles.median == pytest.approx(seconds)
     # Where one round ends with the contestant that the next begins with, even its first call follows its own.
     assert Samples(samples["a"].first).quartiles.high == pytest.approx(2e-3)
-    assert [repeats for name, repeats in clock.order[4:] if name == "b"] == [1, 2] * 4
+    assert [repeats for name, repeats in clock.order[4:] if name == "b"] == [1, 7] * 4
 
 
 
@@ -112,14 +112,14 @@ def test_any_number_of_first_rounds_lies_far_apart(count):
 
 def test_a_slow_contestant_does_not_use_up_the_budget():
     clock = Clock()
-    samples = measure(contestants(fast=1e-2, slow=1.0), 1.0, CPU, clock=clock, rounds=(7, 31))
+    samples = measure(contestants(fast=2e-2, slow=1.0), 2.0, CPU, clock=clock, rounds=(7, 31))
     assert samples["fast"].taken == 31
     assert samples["slow"].taken == 3
-    assert paired_ratio(samples["slow"], samples["fast"]).median == pytest.approx(100)
+    assert paired_ratio(samples["slow"], samples["fast"]).median == pytest.approx(50)
 
 
 def test_short_calls_are_repeated_within_a_sample():
     clock = Clock()
     samples = measure(contestants(a=1e-6), 0.1, CPU, clock=clock, rounds=(3, 3))
-    assert clock.order[-1][1] >= 5000
+    assert clock.order[-1][1] >= 20000
     assert samples["a"].quartiles.median == pytest.approx(1e-6)
