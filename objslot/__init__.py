@@ -1,6 +1,7 @@
 """objslot: object-centric slots for video, and the fast optimal-transport and attention ops beneath them.
 
-Importing this package is light: an op, and with it torch, is imported when it is first asked for.
+Importing this package is light: an op, `objslot.ops` or `objslot.nn`, and with it torch, is imported when it is first
+asked for.
 """
 
 from importlib import import_module
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from objslot import nn, ops  # noqa: F401
     from objslot.ops import (
         assign,
         explain,
@@ -35,7 +37,12 @@ if TYPE_CHECKING:
     )
 
 
+_MODULES = ("nn", "ops")
+
+
 def __getattr__(name):
+    if name in _MODULES:
+        return import_module(f"objslot.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'objslot' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module("objslot.ops"), name)
@@ -43,4 +50,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

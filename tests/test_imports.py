@@ -109,7 +109,7 @@ def test_light_import(module):
 
 
 def test_bare_import_leaves_torch_alone():
-    code = "import objslot, sys; light = 'torch' not in sys.modules; objslot.sinkhorn; print(light)"
+    code = "import objslot, sys; light = 'torch' not in sys.modules; objslot.sinkhorn, objslot.nn; print(light)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
