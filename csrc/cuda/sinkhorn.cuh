@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "device.cuh"
 #include "objslot/cuda.h"
 
 namespace objslot::cuda {
@@ -19,7 +20,7 @@ namespace objslot::cuda {
 constexpr int warps = 16, threads = 32 * warps, lanes = 32;
 constexpr int columns_of_lane = most_side / lanes;
 constexpr unsigned everyone = 0xffffffffu;
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+constexpr float ln_2 = 0.6931471805599453f;
 
 __device__ inline float nothing() { return -__int_as_float(0x7f800000); }
 __device__ inline float widen(float x) { return x; }
@@ -33,12 +34,6 @@ template <>
 __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-__device__ inline float power(float exponent) {
-  float value;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
-  return value;
-}
 
 __device__ inline float warp_sum(float value) {
 #pragma unroll
@@ -176,15 +171,21 @@ struct Layout {
   size_t bytes;
 };
 
-inline cudaError_t layout_of(const Problem& p, size_t element_size, Layout& layout) {
+// `pair` is the kernel for two blocks.
+template <class Kernel>
+cudaError_t layout_of(const Problem& p, size_t element_size, Kernel pair, Layout& layout) {
   int device = 0, most = 0, major = 0;
+  cudaFuncAttributes code;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  // Code for an older architecture, translated by the driver, knows no clusters on a device that does.
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, pair);
   if (status != cudaSuccess) return status;
+  if (most < static_cast<int>(sizeof(Board))) return cudaErrorInvalidValue;
   const size_t row = p.m * element_size, room = most - sizeof(Board);
   const auto fits = [&](int blocks) { return ((p.n + blocks - 1) / blocks) * row <= room; };
-  layout.blocks = major >= 9 && !fits(1) ? 2 : 1;
+  layout.blocks = major >= 9 && code.ptxVersion >= 90 && !fits(1) ? 2 : 1;
   const int rows = (p.n + layout.blocks - 1) / layout.blocks;
   layout.capacity = fits(layout.blocks) ? rows : static_cast<int>(room / row);
   layout.bytes = sizeof(Board) + layout.capacity * row;

@@ -8,6 +8,10 @@
 //     grad_g of the iteration before = -(sum over i of before * factor)
 //     grad_scores = (plan * grad_plan - sum over the iterations of (now * share + before * factor)) / eps
 //
+// The sum of grad_g is the same before every iteration but the last, for the columns of a plan have exactly their
+// masses: that of grad_f less that of grad_g at the start. No iteration damps an error of it, so it is set anew
+// each time, or it would grow with them.
+//
 // One exponential, with the larger of the two column potentials, serves now and before.
 #include "sinkhorn.cuh"
 
@@ -39,7 +43,7 @@ struct Columns {
 
 template <class E, int Blocks>
 __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradient, int capacity) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  unsigned char* memory = shared_memory();
   Board& board = *reinterpret_cast<Board*>(memory);
   const Team<Blocks> team(board);
   const float scale = static_cast<float>(1.4426950408889634 / p.eps);
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
     };
     const float* last_f = history.f + ((count - 1) * p.batch + index) * p.n + rows.first;
     const float* last_g = history.g + ((count - 1) * p.batch + index) * p.m;
-    float grad_g[columns_of_lane], grad_b[columns_of_lane], mass_b[columns_of_lane], unused = 0.f;
+    float grad_g[columns_of_lane], grad_b[columns_of_lane], mass_b[columns_of_lane], surplus = 0.f;
     float* start_f = board.f[0];
     float* grad_a = board.row_sums;
 #pragma unroll
@@ -77,17 +81,29 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
         total = warp_sum(total);
       }
       if (team.lane == 0) {
-        start_f[row] = total + (gradient.grad_f ? gradient.grad_f[index * p.n + rows.first + row] : 0.f);
+        const float start = gradient.grad_f ? gradient.grad_f[index * p.n + rows.first + row] : 0.f;
+        if (last_f[row] != nothing()) surplus += start;
+        start_f[row] = total + start;
         grad_a[row] = 0.f;
       }
     }
-    team.sum_columns(grad_g, unused);
+    team.sum_columns(grad_g, surplus);
+    float added = 0.f, mass = 0.f;
 #pragma unroll
     for (int k = 0; k < columns_of_lane; ++k) {
       const int j = team.lane + lanes * k;
-      if (gradient.grad_g && j < p.m) grad_g[k] += gradient.grad_g[index * p.m + j];
+      if (gradient.grad_g && j < p.m) {
+        const float start = gradient.grad_g[index * p.m + j];
+        if (last_g[j] != nothing()) added += start;
+        grad_g[k] += start;
+      }
       mass_b[k] = j >= p.m ? 0.f : p.b ? p.b[index * p.b_stride + j] : 1.f / static_cast<float>(p.m);
     }
+#pragma unroll
+    for (int k = 0; k < columns_of_lane; ++k)
+      if (mass_b[k] != 0.f) mass += mass_b[k];
+    surplus -= warp_sum(added);
+    mass = warp_sum(mass);
     for (int64_t step = count - 1; step >= 0; --step) {
       const int64_t slot = step * p.batch + index;
       Columns columns(history, p, step, index, team.lane);
@@ -127,9 +143,13 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
           gradient.factors[slot * p.n + rows.first + row] = factor;
         }
       }
+      float unused = 0.f, error = 0.f;
       team.sum_columns(collected, unused);
 #pragma unroll
-      for (int k = 0; k < columns_of_lane; ++k) grad_g[k] = -collected[k];
+      for (int k = 0; k < columns_of_lane; ++k) error += collected[k];
+      error = (warp_sum(error) - surplus) / mass;
+#pragma unroll
+      for (int k = 0; k < columns_of_lane; ++k) grad_g[k] = fmaf(error, mass_b[k], -collected[k]);
     }
     // The sums above are barriers of the cluster: factors and shares are there for all of it.
     E* out = static_cast<E*>(gradient.grad_scores) + (index * p.n + rows.first) * p.m;
@@ -139,8 +159,8 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
 #pragma unroll
       for (int k = 0; k < columns_of_lane; ++k) {
         const int j = team.lane + lanes * k;
-        value[k] *= scale;
-        slope[k] = upper && j < p.m ? power(value[k] + last_f[row] + last_g[j]) * upper_at(row, j) : 0.f;
+        slope[k] =
+            upper && j < p.m ? power(fmaf(value[k], scale, last_f[row]) + last_g[j]) * upper_at(row, j) : 0.f;
       }
       for (int64_t step = 0; step < count; ++step) {
         const int64_t slot = step * p.batch + index;
@@ -152,7 +172,7 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
           const int j = team.lane + lanes * k;
           const float share = j < p.m ? gradient.shares[slot * p.m + j] : 0.f;
           const float weight = fmaf(columns.before[k], factor, columns.now[k] * share);
-          slope[k] -= power(value[k] + f + columns.shift[k]) * weight;
+          slope[k] -= power(fmaf(value[k], scale, f) + columns.shift[k]) * weight;
         }
       }
 #pragma unroll
@@ -174,7 +194,7 @@ __global__ void __launch_bounds__(threads, 1) backward(Problem p, Gradient gradi
 template <class E>
 cudaError_t run(const Problem& p, const Gradient& gradient, void* stream) {
   Layout layout;
-  const cudaError_t status = layout_of(p, sizeof(E), layout);
+  const cudaError_t status = layout_of(p, sizeof(E), backward<E, 2>, layout);
   if (status != cudaSuccess) return status;
   return layout.blocks == 1 ? launch(backward<E, 1>, layout, p.batch, stream, p, gradient, layout.capacity)
                             : launch(backward<E, 2>, layout, p.batch, stream, p, gradient, layout.capacity);

@@ -62,7 +62,7 @@ __device__ void set_columns_exactly(const Team<Blocks>& team, const Rows<E>& row
 
 template <class E, int Blocks>
 __global__ void __launch_bounds__(threads, 1) forward(Problem p, Result result, int capacity) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  unsigned char* memory = shared_memory();
   Board& board = *reinterpret_cast<Board*>(memory);
   const Team<Blocks> team(board);
   const float scale = static_cast<float>(1.4426950408889634 / p.eps);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(threads, 1) forward(Problem p, Result result, 
 template <class E>
 cudaError_t run(const Problem& p, const Result& result, void* stream) {
   Layout layout;
-  const cudaError_t status = layout_of(p, sizeof(E), layout);
+  const cudaError_t status = layout_of(p, sizeof(E), forward<E, 2>, layout);
   if (status != cudaSuccess) return status;
   return layout.blocks == 1 ? launch(forward<E, 1>, layout, p.batch, stream, p, result, layout.capacity)
                             : launch(forward<E, 2>, layout, p.batch, stream, p, result, layout.capacity);
