@@ -175,6 +175,16 @@ class Encoder(nn.Module):
             raise UserError(f"encoder {self.name}: {type(self.model).__name__} cannot compute its activations again")
         self.model.set_grad_checkpointing(recompute)
 
+    def attend_by_products(self):
+        """Make attention of plain matrix products, where timm's own would be called, and keep its weights.
+
+        PyTorch's fused attention goes back slowly on CPUs in bfloat16: twice the time of the products and softmax,
+        which need (heads, n, n) of memory a frame and block for n tokens.
+        """
+        for module in self.model.modules():
+            if type(module) is Attention:
+                module.fused_attn = False
+
     def forward(self, frames: Tensor, *, tokens: bool = True) -> FrameFeatures:
         """Features of frames (B, T, 3, H, W), floating point, normalised with ImageNet's mean and deviation.
 

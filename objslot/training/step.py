@@ -16,6 +16,9 @@ from objslot.training.config import TrainingConfig
 from objslot.training.distributed import World
 from objslot.training.views import View
 
+# Up to here products take half the time of fused attention, forward and backward; at 1600 positions they take more.
+MOST_POSITIONS = 640
+
 
 class TrainingStep:
     """Makes optimiser steps of ``model``: `add` each part of a batch, then `finish`.
@@ -34,9 +37,19 @@ class TrainingStep:
         )
         if config.recompute_encoder:
             model.encoder.recompute_activations()
+        if self._fused_attention_is_slow():
+            model.encoder.attend_by_products()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._wrapped: nn.Module | None = None
         self._totals: dict[str, Tensor] = {}
+
+    def _fused_attention_is_slow(self) -> bool:
+        config = self._config
+        learns = config.model.train_encoder and config.precision == "bf16" and self._world.device.type == "cpu"
+        positions = math.prod(self._model.encoder.grid(self._model.frame_size))
+        # Matrix products in bfloat16 are slow where there are no tiles for them. No public name asks for these.
+        has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return learns and positions <= MOST_POSITIONS and has_tiles()
 
     def let_encoder_learn(self, learns: bool) -> None:
         """Freeze the encoder or let it learn, where the configuration trains it."""

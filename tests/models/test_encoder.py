@@ -1,6 +1,7 @@
 """Encoders: keys and class attention against the definition, freezing, frame sizes, weights files."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -8,6 +9,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.models import Encoder, SMTCConfig, build_encoder, register_encoder
@@ -99,6 +101,22 @@ def test_activations_computed_again_give_the_same_gradient_from_less_memory(toke
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
     assert kept[1] < kept[0] / 4
+
+
+def test_attention_by_products_gives_the_same_keys_and_gradients():
+    model = biased(tiny_vit())
+    frames = torch.randn(1, 2, 3, 32, 32)
+    found = []
+    for products in (False, True):
+        encoder = Encoder(copy.deepcopy(model), train=True)
+        if products:
+            encoder.attend_by_products()
+        with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused:
+            keys = encoder(frames).keys
+        assert bool(fused.call_count) is not products
+        keys.square().sum().backward()
+        found.append((keys, {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_key_bias_is_what_was_taken_off():
