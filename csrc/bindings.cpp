@@ -124,4 +124,5 @@ PYBIND11_MODULE(_native, module) {
   objslot::bind_assign(module);
   objslot::bind_propagate(module);
   objslot::bind_transport(module);
+  objslot::bind_tensors(module);
 }

@@ -93,5 +93,6 @@ void bind_slot_loop(pybind11::module_& module);
 void bind_assign(pybind11::module_& module);
 void bind_propagate(pybind11::module_& module);
 void bind_transport(pybind11::module_& module);
+void bind_tensors(pybind11::module_& module);
 
 }  // namespace objslot

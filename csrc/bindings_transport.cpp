@@ -1,30 +1,13 @@
-// Sinkhorn transport between pairs of frames, and the memory of large results.
+// Sinkhorn transport between pairs of frames.
 #include "bindings.h"
 #include "objslot/alignment.h"
 #include "objslot/transport.h"
-#include "objslot/workspace.h"
 
 namespace py = pybind11;
 
 namespace objslot {
 
 namespace {
-
-// Memory of one result, handed to Python through the buffer protocol.
-class ResultMemory {
- public:
-  explicit ResultMemory(int64_t bytes) : bytes_(bytes), data_(take_result(bytes)) {}
-  ~ResultMemory() { give_result(data_, bytes_); }
-  ResultMemory(const ResultMemory&) = delete;
-  ResultMemory& operator=(const ResultMemory&) = delete;
-  py::buffer_info info() const {
-    return py::buffer_info(data_, 1, py::format_descriptor<unsigned char>::format(), bytes_);
-  }
-
- private:
-  int64_t bytes_;
-  void* data_;
-};
 
 using Address = std::uintptr_t;
 
@@ -106,13 +89,6 @@ void bind_transport(py::module_& module) {
             checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
-  py::class_<ResultMemory>(module, "ResultMemory", py::buffer_protocol())
-      .def(py::init([](int64_t bytes) {
-        if (bytes < 1) throw std::invalid_argument("ResultMemory: expected at least one byte");
-        return new ResultMemory(bytes);
-      }))
-      .def_buffer(&ResultMemory::info);
-  module.def("release_results", &release_results, "Hands the kept memory of large results back to the system.");
   module.def("multiplies_on_tiles", &multiplies_on_tiles, "Whether products of transport use AMX tiles.");
   module.def(
       "align_frames",

@@ -24,7 +24,8 @@ AUTOMATIC_ORDER = ("cuda", "triton", "cpu", "reference")
 WhyNot = Callable[..., str | None]
 
 _rows: dict[str, dict[str, tuple[WhyNot, bool]]] = {}
-_forced: ContextVar[str | None] = ContextVar("objslot_backend", default=None)
+# What the innermost `use_backend` names.
+forced: ContextVar[str | None] = ContextVar("objslot_backend", default=None)
 
 
 def register(op: str, backend: str, why_not: WhyNot, *, automatic: bool = True) -> None:
@@ -46,7 +47,7 @@ def registered() -> dict[str, tuple[str, ...]]:
 
 def named() -> str | None:
     """The backend that `use_backend` or the environment asks for by name."""
-    return _forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
+    return forced.get() or os.environ.get("OBJSLOT_BACKEND") or None
 
 
 def select(op: str, requested: str | None = None, **facts) -> str:
@@ -65,7 +66,7 @@ def select(op: str, requested: str | None = None, **facts) -> str:
 
 def serves(op: str, **facts) -> bool:
     """Whether what the context and the environment ask for can serve this call, or they leave the choice open."""
-    name = _forced.get() or os.environ.get("OBJSLOT_BACKEND") or "auto"
+    name = forced.get() or os.environ.get("OBJSLOT_BACKEND") or "auto"
     return name == "auto" or (name in BACKENDS and _reason(op, name, facts) is None)
 
 
@@ -77,11 +78,11 @@ def use_backend(name: str) -> Iterator[None]:
     call for a backend that cannot serve it.
     """
     _check_name(name)
-    token = _forced.set(name)
+    token = forced.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation
     """`explain` for facts that are known already."""
     sources = (
         ("backend=", requested),
-        ("use_backend", _forced.get()),
+        ("use_backend", forced.get()),
         ("OBJSLOT_BACKEND", os.environ.get("OBJSLOT_BACKEND")),
     )
     origin, name = next(((origin, name) for origin, name in sources if name), ("automatic", "auto"))

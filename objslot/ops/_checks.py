@@ -72,6 +72,8 @@ def positive(name: str, value: object) -> None:
 
 def at_least(name: str, value: object, least: int) -> None:
     """`value` is an integer not below `least`."""
+    if type(value) is int and value >= least:
+        return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:

@@ -4,27 +4,31 @@ A registered op goes through much code that the kernels before it have driven ou
 it takes longer than the kernel.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from objslot.ops import _backends, _native
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def possible(*tensors: Tensor | None) -> bool:
     """Whether the CPU kernels may be called at once: ordinary CPU tensors, nobody who traces, transforms or
     watches the call, and no backend chosen by name."""
     # First, for torch.compile traces no further.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
-    for tensor in tensors:
-        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
-            return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or _backends.named()
-        or _native.load() is None
+    native = _native.load()
+    return native is not None and _watching() and native.plain(*tensors)
+
+
+@cache
+def _watching() -> bool:
+    """Tells the module once what to look at."""
+    questions = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
     )
+    _native.load().watch_for((Tensor, nn.Parameter), questions, _backends.forced)
+    return True

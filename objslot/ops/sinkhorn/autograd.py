@@ -181,12 +181,9 @@ def _backward(ctx, grad_plan, grad_f, grad_g, *_):
         return (*differentiable_backward(*grads, scores, a, b, start, *ctx.settings), *nothing)
     if not ctx.history:
         raise RuntimeError("objslot::sinkhorn was called with history=False, so it has no gradient")
-    if ctx.backend == "cpu" and _direct.possible(*grads, scores):
-        found = native.backward(*grads, scores, a, b, start, plan, *iterations, *ctx.settings)
-    else:
-        found = torch.ops.objslot.sinkhorn_backward(
-            *grads, scores, a, b, start, plan, *iterations, *ctx.settings, ctx.backend
-        )
+    found = torch.ops.objslot.sinkhorn_backward(
+        *grads, scores, a, b, start, plan, *iterations, *ctx.settings, ctx.backend
+    )
     return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 
@@ -194,18 +191,35 @@ class _Direct(torch.autograd.Function):
     """The op on tensors that need no dispatcher."""
 
     @staticmethod
-    def forward(ctx, scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend):
-        found = native.forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error)
-        plan, error = found["plan"], found["error"]
-        ctx.save_for_backward(scores, a, b, start, plan, found["history_f"], found["history_g"], found["count"])
+    def forward(ctx, scores, a, b, start, eps, n_iters, tol, store_plan, return_error):
+        plan, f, g, error, block = native.forward_in_one(
+            scores, a, b, start, eps, n_iters, tol, True, store_plan, return_error
+        )
+        ctx.save_for_backward(scores, a, b, start, plan)
+        ctx.block = block
         ctx.settings = eps, n_iters, tol
-        ctx.history, ctx.store_plan, ctx.backend = history, store_plan, backend
         ctx.set_materialize_grads(False)
         if return_error:
             ctx.mark_non_differentiable(error)
-        return plan, found["f"], found["g"], error
+        return plan, f, g, error
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, grad_plan, grad_f, grad_g, _):
+        scores, a, b, start, plan = ctx.saved_tensors
+        grads, nothing = (grad_plan, grad_f, grad_g), (None,) * 6
+        if grad_plan is None and grad_f is None and grad_g is None:
+            return (None, None, None, *nothing)
+        if torch.is_grad_enabled():
+            return (*differentiable_backward(*grads, scores, a, b, start, *ctx.settings), *nothing)
+        if _direct.possible(*grads, scores):
+            found = native.backward_from_one(*grads, scores, a, b, start, plan, ctx.block, *ctx.settings)
+            return (*found, *nothing)
+        plan = scores.new_empty(0) if plan is None else plan
+        iterations = native.iterations_of(ctx.block, scores, ctx.settings[1])
+        found = torch.ops.objslot.sinkhorn_backward(
+            *grads, scores, a, b, start, plan, *iterations, *ctx.settings, "cpu"
+        )
+        return (found[0], None if a is None else found[1], None if b is None else found[2], *nothing)
 
 
 def sinkhorn(scores, a, b, start, eps, n_iters, tol, store_plan, return_error, backend):
@@ -216,9 +230,8 @@ def sinkhorn(scores, a, b, start, eps, n_iters, tol, store_plan, return_error, b
     if backend is None and _direct.possible(scores, a, b, start):
         _check_masses(a, b)
         if history:
-            return _Direct.apply(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, "cpu")
-        found = native.forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error)
-        return found["plan"], found["f"], found["g"], found["error"]
+            return _Direct.apply(scores, a, b, start, eps, n_iters, tol, store_plan, return_error)
+        return native.forward_in_one(scores, a, b, start, eps, n_iters, tol, False, store_plan, return_error)[:4]
     return torch.ops.objslot.sinkhorn(
         scores, a, b, start, eps, n_iters, tol, history, store_plan, return_error, backend
     )[:4]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from objslot.ops import _native
 from objslot.ops._arithmetic import SHORTEST, compute_dtype
-from objslot.ops.sinkhorn import native as sinkhorn
 
 
 def forward(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
@@ -44,7 +43,7 @@ def _problem(tensors, eps, n_iters, tol, similarity):
     return _native.load().TransportProblem(
         addresses[:3],
         strides[:3],
-        sinkhorn.ELEMENTS[tensors[0].dtype],
+        _native.ELEMENTS[tensors[0].dtype],
         addresses[3:],
         strides[3:],
         (batch, n, m, d, c),
@@ -68,7 +67,7 @@ def alignment(tokens, values, masses, eps, n_iters, similarity):
     clips, (frames, n, d), c = math.prod(tokens.shape[:-3]), tokens.shape[-3:], values.shape[-1]
     _native.load().align_frames(
         held[0].data_ptr(),
-        sinkhorn.ELEMENTS[tokens.dtype],
+        _native.ELEMENTS[tokens.dtype],
         *map(_address, held[1:]),
         (clips, frames, n, d, c),
         similarity == "cosine",
