@@ -62,7 +62,7 @@ class Discover(Command):
                 spool_in=folder.parent,
                 progress=update,
             )
-        found = draw_regions(regions, video)
+        found = draw_regions(regions, video, spool_in=folder.parent)
         shown = spread(video.n_frames, MAX_FRAMES)
         attended = [shown[k] for k in spread(len(shown), ATTENTION_FRAMES)]
         maps = display_maps(model, video, regions, attended, iterations=self.iterations)

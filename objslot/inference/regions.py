@@ -49,6 +49,8 @@ class VideoRegions(NamedTuple):
     """For each of T frames (1, h, w), half precision: contrast to the border, see `BorderContrast`."""
     contrast_range: tuple[float, float]
     """The contrast of the video's typical position and of its most salient ones."""
+    features: Sequence[Tensor] = ()
+    """For each of T frames (h * w, D), half precision, of unit length."""
 
 
 class RegionSum:
@@ -100,7 +102,7 @@ class RegionSum:
             contrast=(contrasts / mass - low) / (high - low),
         )
         statistics = RegionStatistics(*(part.float().cpu() for part in statistics))
-        return VideoRegions(self._masks, statistics, semantics, self._contrast, (low, high))
+        return VideoRegions(self._masks, statistics, semantics, self._contrast, (low, high), self._features)
 
 
 def encode_video(

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from objslot.data import Video
-from objslot.data.segmentation import FrameLabels, VideoSegmentation
+from objslot.data.segmentation import MAX_TRACKS, FrameLabels, VideoSegmentation
 from objslot.errors import UserError
+from objslot.inference.objects import FoundObjects, draw_objects, find_objects
 from objslot.inference.refine import refine
 from objslot.inference.regions import (
     InstanceLinker,
@@ -22,7 +23,7 @@ from objslot.inference.regions import (
     VideoRegions,
     encode_video,
 )
-from objslot.inference.selection import figure_evidence, select, select_figure
+from objslot.inference.selection import figure_evidence, salient_regions, select, select_figure
 from objslot.models import SMTC
 from objslot.models.encoder import FrameFeatures
 
@@ -132,7 +133,8 @@ class RegionDrawing:
     size: tuple[int, int]
     _regions: VideoRegions
     _table: np.ndarray
-    _figure: bool
+    _objects: FoundObjects | None
+    """The objects, where there may be several; where there is one, it is told from the ground position by position."""
 
     @property
     def n_frames(self) -> int:
@@ -143,26 +145,41 @@ class RegionDrawing:
         """The index maps of frame t, which is `picture`, uint8 (H, W, 3), at the size of the video."""
         masks = self._regions.masks[t]
         partition = strongest_region(masks, self.size).numpy()
-        if self._figure:
+        if self._objects is None:
             ground = refine(figure_evidence(self._regions, t, masks), picture).numpy() < 0
             left_over = len(masks) + 1 + self._regions.semantics.numpy().astype(np.uint8)
             partition[ground] = left_over[partition[ground] - 1]
-        return FrameLabels(self._table[partition], partition)
+            return FrameLabels(self._table[partition], partition)
+        tracks, kinds = self._table[partition], self._objects.kinds
+        drawn = draw_objects(
+            self._objects.frame(t),
+            kinds[masks.max(0).indices],
+            kinds[torch.from_numpy(partition).long() - 1],
+            lambda shares: strongest_region(shares, self.size),
+        ).numpy()
+        return FrameLabels(np.where(drawn > 0, drawn, tracks), partition)
 
 
-def draw_regions(regions: VideoRegions, video: Video, *, merge_foreground: bool = False) -> RegionDrawing:
+def draw_regions(
+    regions: VideoRegions, video: Video, *, merge_foreground: bool = False, spool_in: Path | None = None
+) -> RegionDrawing:
     """Select tracks among the regions, to be drawn frame by frame at the size of the video.
 
-    With `merge_foreground` figure and ground are told apart position by position (`figure_evidence`) and parted where
-    the picture has its edges (`refine`): the figure is track 1, and what remains of each semantics a track of its own.
-    The partition then holds the instances inside the figure and, numbered after them, the semantics outside it.
+    The foreground regions are cut into objects that keep their number (`find_objects`). With `merge_foreground` figure
+    and ground are told apart position by position (`figure_evidence`) and parted where the picture has its edges
+    (`refine`): the figure is track 1, and what remains of each semantics a track of its own. The partition then holds
+    the instances inside the figure and, numbered after them, the semantics outside it.
+
+    What is too large for memory is kept in a temporary file in the folder `spool_in`.
     """
-    choose = select_figure if merge_foreground else select
-    selection = choose(regions.statistics, regions.semantics)
+    if merge_foreground:
+        objects, selection = None, select_figure(regions.statistics, regions.semantics)
+    else:
+        salient, foreground = salient_regions(regions.statistics)
+        objects = find_objects(regions, salient, foreground, most=MAX_TRACKS, spool_in=spool_in)
+        selection = select(regions.statistics, regions.semantics, objects.scores)
     table = np.concatenate([[0], selection.track.numpy()]).astype(np.uint8)
-    return RegionDrawing(
-        video.name, selection.foreground, selection.scores, video.size, regions, table, merge_foreground
-    )
+    return RegionDrawing(video.name, selection.foreground, selection.scores, video.size, regions, table, objects)
 
 
 def to_segmentation(

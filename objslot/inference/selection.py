@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Selection(NamedTuple):
     track: Tensor
     """(R,): track of each region, 1 to `MAX_TRACKS`, or 0 where there were too many."""
     foreground: tuple[int, ...]
-    """Tracks called foreground, most salient first."""
+    """Tracks called foreground, the largest first."""
     scores: dict[int, float]
     """Salience of each track: 0 is the typical position of the video, 1 the most salient region."""
 
@@ -47,26 +48,35 @@ def salience(statistics: RegionStatistics) -> Tensor:
     return (salient - typical) / (salient.max() - typical).clamp(min=1e-6)
 
 
-def select(statistics: RegionStatistics, semantics: Tensor) -> Selection:
-    """Tracks of the regions (R,), which are instances of `semantics` (R,), where there may be several objects.
-
-    Background instances of one semantics are one track; each foreground region is a track of its own. At most
-    `MAX_TRACKS` tracks remain, the foreground first and then the largest.
-    """
+def salient_regions(statistics: RegionStatistics) -> tuple[Tensor, Tensor]:
+    """(R,) salience, see `salience`, and bool (R,), which regions that makes foreground."""
     salient = salience(statistics)
-    foreground = (salient > _THRESHOLD) & (statistics.mass > _LEAST_MASS)
-    groups = torch.where(foreground, -1 - torch.arange(len(semantics)), semantics)
-    names, group = groups.unique(return_inverse=True)
-    n_groups = len(names)
-    mass = torch.zeros(n_groups).index_add_(0, group, statistics.mass)
-    weighted = torch.zeros(n_groups).index_add_(0, group, statistics.mass * salient)
+    return salient, (salient > _THRESHOLD) & (statistics.mass > _LEAST_MASS)
+
+
+def select(statistics: RegionStatistics, semantics: Tensor, objects: Mapping[int, float]) -> Selection:
+    """Tracks where there may be several objects: the objects, and what each semantics has in the background.
+
+    At most `MAX_TRACKS` tracks remain, the objects first and then the largest. `Selection.track` is 0 for foreground
+    regions, whose positions belong to one object or the other.
+
+    Args:
+        statistics: of the regions.
+        semantics: (R,), what each region is an instance of.
+        objects: the salience of each object, numbered from 1, at most `MAX_TRACKS`.
+    """
+    salient, foreground = salient_regions(statistics)
+    n_semantics = int(semantics.max()) + 1
+    mass = torch.zeros(n_semantics).index_add_(0, semantics, statistics.mass * ~foreground)
+    weighted = torch.zeros(n_semantics).index_add_(0, semantics, statistics.mass * ~foreground * salient)
     score = weighted / mass.clamp(min=1e-12)
-    is_foreground = names < 0
-    number, order = _numbered(torch.where(is_foreground, 2 + score, mass))
+    number, order = _numbered(mass)
+    number = torch.where((number > 0) & (mass > 0), number + len(objects), 0)
+    number[number > MAX_TRACKS] = 0
     return Selection(
-        track=number[group],
-        foreground=tuple(int(number[g]) for g in order if is_foreground[g]),
-        scores={int(number[g]): float(score[g]) for g in order},
+        track=torch.where(foreground, 0, number[semantics]),
+        foreground=tuple(objects),
+        scores={**objects, **{int(number[g]): float(score[g]) for g in order if number[g] > 0}},
     )
 
 

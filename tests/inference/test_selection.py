@@ -1,7 +1,7 @@
 import torch
 
 from objslot.inference.regions import RegionStatistics, VideoRegions
-from objslot.inference.selection import figure_evidence, salience, select, select_figure
+from objslot.inference.selection import figure_evidence, salience, salient_regions, select, select_figure
 
 
 def statistics(mass, feature, border=None, contrast=None):
@@ -12,12 +12,9 @@ def statistics(mass, feature, border=None, contrast=None):
 
 
 def test_the_odd_region_out_is_foreground():
-    found = select(
-        statistics([0.5, 0.35, 0.15], [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 1, 2])
-    )
-    assert len(found.foreground) == 1
-    assert found.track[2] == found.foreground[0] == 1
-    assert found.scores[1] == 1.0
+    salient, foreground = salient_regions(statistics([0.5, 0.35, 0.15], [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
+    assert foreground.tolist() == [False, False, True]
+    assert salient[2] == 1.0
 
 
 def test_the_border_decides_between_equally_distinct_regions():
@@ -33,9 +30,13 @@ def test_many_small_background_regions_do_not_move_the_typical_position():
     torch.testing.assert_close(few, many[[0, -1]])
 
 
-def test_regions_that_stand_out_are_tracks_of_their_own():
-    description = statistics([0.8, 0.1, 0.1], [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert len(select(description, torch.tensor([0, 1, 1])).foreground) == 2
+def test_objects_come_first_and_foreground_regions_belong_to_them():
+    description = statistics([0.5, 0.3, 0.1, 0.1], [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    found = select(description, torch.tensor([0, 1, 1, 2]), {1: 0.9, 2: 0.8})
+    assert found.foreground == (1, 2)
+    # Semantics 1 is partly foreground, semantics 2 wholly: it has no background track.
+    assert found.track.tolist() == [3, 4, 0, 0]
+    assert found.scores == {1: 0.9, 2: 0.8, 3: 0.0, 4: 0.0}
 
 
 def test_the_figure_is_one_track_and_what_remains_is_one_for_each_semantics():
@@ -62,20 +63,18 @@ def test_a_position_and_its_regions_decide_together():
 
 
 def test_background_instances_of_one_semantics_share_a_track():
-    found = select(
-        statistics([0.4, 0.4, 0.2], [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1])
-    )
-    assert found.track[0] == found.track[1] != found.track[2]
+    description = statistics([0.4, 0.4, 0.2], [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    found = select(description, torch.tensor([0, 0, 1]), {1: 1.0})
+    assert found.track.tolist() == [2, 2, 0]
 
 
-def test_at_most_twenty_tracks_and_the_foreground_stays():
+def test_at_most_twenty_tracks_and_the_objects_stay():
     feature = [[1.0, 0.0]] * 30 + [[0.0, 1.0]]
-    found = select(statistics([0.97 / 30] * 30 + [0.03], feature), torch.arange(31))
-    assert found.track.max() == 20
-    assert int((found.track == 0).sum()) == 11
-    assert found.track[30] == 1
+    found = select(statistics([0.97 / 30] * 30 + [0.03], feature), torch.arange(31), {1: 1.0, 2: 0.5})
+    assert found.track.max() == 20 and found.foreground == (1, 2)
+    assert int((found.track == 0).sum()) == 13
 
 
 def test_a_region_nobody_sees_is_no_foreground():
-    found = select(statistics([1.0, 1e-9], [[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
-    assert found.foreground == ()
+    _, foreground = salient_regions(statistics([1.0, 1e-9], [[1.0, 0.0], [0.0, 1.0]]))
+    assert not foreground.any()
