@@ -392,6 +392,56 @@ def test_a_forked_child_computes_the_same():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+FORKED_AMONG_THREADS = """
+import os, sys, threading, time, warnings
+sys.path.insert(0, sys.argv[1])
+import torch
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+from op_cases import OPS
+from test_adversarial import case
+# Results of more than half a megabyte are taken from a store that all threads share.
+cases = [case(op, sizes=(40, 50, 7, 5, 2)) for op in OPS] + [case("sinkhorn", sizes=(300, 400, 7, 5, 2))]
+wanted = [one.run(backend="cpu", gradient=False) for one in cases]
+
+def same(one, results):
+    return all(map(torch.equal, one.run(backend="cpu", gradient=False), results))
+
+wrong, stop = [], threading.Event()
+def call(place):
+    torch.set_num_threads(2)
+    while not stop.is_set():
+        for one, results in zip(cases[place:] + cases[:place], wanted[place:] + wanted[:place]):
+            if not same(one, results):
+                wrong.append(one.op)
+
+threads = [threading.Thread(target=call, args=(place,)) for place in range(3)]
+for thread in threads:
+    thread.start()
+for number in range(12):
+    time.sleep(0.02)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if all(map(same, cases, wanted)) else 1)
+    assert os.waitpid(child, 0)[1] == 0, number
+stop.set()
+for thread in threads:
+    thread.join()
+assert not wrong, wrong
+"""
+
+
+def test_children_forked_while_other_threads_call():
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_AMONG_THREADS, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_masses_and_masks_of_other_kinds():
     """What is close to right is named, not used."""
     scores = torch.randn(2, 4, 5)
