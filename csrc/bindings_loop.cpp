@@ -82,8 +82,10 @@ void objslot::bind_slot_loop(py::module_& module) {
           throw std::invalid_argument("slot_loop_forward: expected the logits of every iteration");
         const LoopMemory memory{p};
         std::vector<SlotLoopKept> keep;
+        keep.reserve(given.size());
         for (const auto& one : given) keep.push_back(memory.kept(one));
         std::vector<void*> targets;
+        targets.reserve(logits.size());
         for (Address one : logits) targets.push_back(memory.at("logits", one, false));
         slot_loop_forward(
             p,

@@ -134,7 +134,7 @@ OBJSLOT_INLINE void back_through_softmax(const SlotAttentionGradient& r, const L
     T* slope = s.slopes + j * layout.lanes;
     const T* mask = s.live.lanes ? s.live.lanes + j * layout.lanes : nullptr;
     softmax_lanes<T, Step>(row, layout);
-    if (r.grad_mask) {
+    if (mask && r.grad_mask) {
       for (int64_t z = 0; z < layout.lanes; z += width<T>)
         store(s.row + z, load(slope + z) * (load(row + z) + load(s.eps + z)));
       sum_groups<T, Step>(s.row, layout, s.sums);

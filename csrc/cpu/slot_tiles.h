@@ -41,13 +41,13 @@ OBJSLOT_INLINE void store_sums(float* to, int64_t next, int64_t stride) {
   OBJSLOT_LOAD(6, from, 64);                 \
   OBJSLOT_ADD(0, 6, thin);                   \
   between();                                 \
-  OBJSLOT_LOAD(7, from + next, 64);          \
+  OBJSLOT_LOAD(7, (from) + next, 64);        \
   OBJSLOT_ADD(1, 7, thin);                   \
   between();                                 \
-  OBJSLOT_LOAD(6, from + 2 * next, 64);      \
+  OBJSLOT_LOAD(6, (from) + 2 * next, 64);    \
   OBJSLOT_ADD(2, 6, thin);                   \
   between();                                 \
-  OBJSLOT_LOAD(7, from + 3 * next, 64);      \
+  OBJSLOT_LOAD(7, (from) + 3 * next, 64);    \
   OBJSLOT_ADD(3, 7, thin);                   \
   between();                                 \
   between()

@@ -32,9 +32,9 @@ def nan_in_new_memory():
 
 
 @st.composite
-def cases(draw, op, dtype):
+def cases(draw, op, dtype, sizes=SIZES, widths=WIDTHS):
     batch = draw(st.sampled_from([(), (1,), (2,), (3,), (2, 1), (2, 3), (0,), (2, 0)]))
-    sizes = [draw(SIZES), draw(SIZES), draw(WIDTHS), draw(WIDTHS), draw(st.integers(1, 4))]
+    sizes = [draw(sizes), draw(sizes), draw(widths), draw(widths), draw(st.integers(1, 4))]
     values = draw(st.sampled_from(VALUES))
     layouts = draw(st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5))
     masses = draw(st.tuples(*[st.sampled_from(["none", "normal", "zeros"])] * 2))

@@ -499,15 +499,16 @@ def forward(scores, a, b, start, eps, n_iters, tol, history, store_plan, return_
     last = ((counts - 1) % slots).view(1, size, 1)
 
     def final(potentials):
-        return (potentials.gather(0, last.expand(1, *potentials.shape[1:]))[0] * LN_2).view(*batch, -1)
+        *_, size, length = potentials.shape
+        return (potentials.gather(0, last.expand(1, size, length))[0] * LN_2).view(*batch, length)
 
     return {
         "plan": plan,
         "f": None if store_plan else final(history_f[extra:]),
         "g": None if store_plan else final(history_g),
         "error": errors.view(batch) if return_error else None,
-        "history_f": history_f.view(-1, *batch, n) if history else None,
-        "history_g": history_g.view(-1, *batch, m) if history else None,
+        "history_f": history_f.view(extra + slots, *batch, n) if history else None,
+        "history_g": history_g.view(slots, *batch, m) if history else None,
         "count": counts.view(batch) if history else None,
     }
 

@@ -295,7 +295,7 @@ def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scal
     shared, positions, value_width = v is None, k.shape[-2], updates.shape[-1]
     flat_q, k, v, mask, bias, strides, constants = _problem(q, k, v, mask, bias)
     batch, slots = flat_q.shape[0], flat_q.shape[1] * flat_q.shape[2]
-    rows = flat_q.float().reshape(batch, slots, -1) * scale
+    rows = flat_q.float().reshape(batch, slots, q.shape[-1]) * scale
     inverse = torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass)).reshape(batch, slots, 1)
     if grad_updates is None:
         dz = rows.new_zeros(batch, slots, value_width)
