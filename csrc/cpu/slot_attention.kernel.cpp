@@ -43,11 +43,11 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
       constexpr Precision P = precision();
-      const int64_t thin = thin_planes<P> * block_words, lanes = layout.lanes;
+      const int64_t size = slot_parts<P> * block_words, lanes = layout.lanes;
       s.rows = shelf.take<T>(lanes * blocks_of(p.width) * block);
-      s.packed = shelf.take<uint32_t>(blocks_of(lanes) * blocks_of(p.width) * thin);
-      s.packed_weights = shelf.take<uint32_t>(blocks_of(lanes) * row_blocks * thin);
-      s.words = shelf.take<uint32_t>(words_of<P>(lanes));
+      s.packed = shelf.take<uint32_t>(blocks_of(lanes) * depth_of(p.width) * size);
+      s.packed_weights = shelf.take<uint32_t>(blocks_of(lanes) * tile_depth * size);
+      s.words = shelf.take<uint32_t>(words_of<P>(lanes, p.width));
     });
 #endif
   return s;
@@ -142,7 +142,7 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
   lane_constants<float>(p, layout, batch, s.buffer, s.eps, s.bias);
   lane_rows(p.q, p.element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
   if (!sound_rows(s.rows, lanes, columns, columns)) return false;
-  pack_matrix<P>(s.rows, lanes, columns, true, s.packed);
+  pack_lanes_right<P>(s.rows, lanes, columns, s.packed);
   clear(s.sums, lanes * stride);
   clear(s.mass, lanes);
   for (int64_t from = begin; from < end; from += tile) {
@@ -156,7 +156,7 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
     if (!finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false)) return false;
     if (r.logits) write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
     with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s); });
-    pack_weights<P>(s.weights, s.live.count, lanes, s.packed_weights);
+    pack_weights_turned<slot_parts<P>>(s.weights, s.live.count, lanes, s.packed_weights);
     if (p.v) point_to(rows, p.v, p.element, values, p.v_row_stride, p.value_width, from, s.live);
     rows.ahead = next_keys;
     gather_rows<P>(rows, s.packed_weights, lanes, s.words, s.sums);

@@ -14,8 +14,9 @@ struct BackwardScratch {
   T *grad_q, *grad_bias, *grad_mask;
   T *buffer, *keys, *values, *grad_keys, *grad_values;
   Live<T> live;
-  // On tiles: q and the upper gradient packed on both sides; the weights and the slopes as words, the slopes packed;
-  // words of keys and values; two blocks of columns of a product.
+  // On tiles: q and the upper gradient packed for products with rows and over the lanes; the weights and the slopes for
+  // products over the lanes, the slopes also for those over positions; words of keys and values; two blocks of columns
+  // of a product.
   uint32_t *packed_q, *packed_dz, *packed_q_rows, *packed_dz_rows;
   uint32_t *weight_words, *slope_words, *packed_slopes, *words;
   T* product;
@@ -51,17 +52,18 @@ static BackwardScratch<T> backward_scratch(const SlotAttentionProblem& p, const 
 #ifdef OBJSLOT_TILES
   if (tiles_serve(p))
     with_precision(p.element, [&](auto precision) {
-      constexpr Precision P = precision(), M = between_halves<P>;
-      const int64_t lanes = blocks_of(layout.lanes), key_blocks = blocks_of(p.width);
-      const int64_t value_blocks = blocks_of(p.value_width);
-      s.packed_q = shelf.take<uint32_t>(lanes * key_blocks * thin_planes<P> * block_words);
-      s.packed_dz = shelf.take<uint32_t>(lanes * value_blocks * thin_planes<P> * block_words);
-      s.packed_q_rows = shelf.take<uint32_t>(lanes * key_blocks * thin_planes<M> * block_words);
-      s.packed_dz_rows = shelf.take<uint32_t>(lanes * value_blocks * thin_planes<M> * block_words);
-      s.weight_words = shelf.take<uint32_t>(lanes * wide_planes<M> * row_blocks * block_words);
-      s.slope_words = shelf.take<uint32_t>(lanes * wide_planes<M> * row_blocks * block_words);
-      s.packed_slopes = shelf.take<uint32_t>(lanes * row_blocks * thin_planes<P> * block_words);
-      s.words = shelf.take<uint32_t>(words_of<P>(layout.lanes));
+      constexpr Precision P = precision();
+      constexpr int64_t size = slot_parts<P> * block_words;
+      const int64_t lanes = blocks_of(layout.lanes), lane_depth = depth_of(layout.lanes);
+      const int64_t longer = p.width > p.value_width ? p.width : p.value_width;
+      s.packed_q = shelf.take<uint32_t>(lanes * depth_of(p.width) * size);
+      s.packed_dz = shelf.take<uint32_t>(lanes * depth_of(p.value_width) * size);
+      s.packed_q_rows = shelf.take<uint32_t>(lane_depth * blocks_of(p.width) * size);
+      s.packed_dz_rows = shelf.take<uint32_t>(lane_depth * blocks_of(p.value_width) * size);
+      s.weight_words = shelf.take<uint32_t>(lane_depth * blocks_of(tile) * size);
+      s.slope_words = shelf.take<uint32_t>(lane_depth * blocks_of(tile) * size);
+      s.packed_slopes = shelf.take<uint32_t>(lanes * tile_depth * size);
+      s.words = shelf.take<uint32_t>(words_of<P>(layout.lanes, longer));
       s.product = shelf.take<T>(tile * 2 * block);
     });
 #endif

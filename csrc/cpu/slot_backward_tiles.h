@@ -6,41 +6,29 @@
 #ifdef OBJSLOT_TILES
 namespace objslot::OBJSLOT_ISA {
 
-// A term of a sum of products: words of the weights, (blocks of lanes, planes, blocks of rows, 16, 16), and the packed
-// rows of the lanes.
+// A term of a sum of products over the lanes: the weights of the rows, and the packed rows of the lanes.
 struct TileTerm {
-  const uint32_t* words;
+  const uint32_t* weights;
   const uint32_t* packed;
 };
 
-// The words of weights (tile, lanes).
-template <Precision P>
-static void split_weights(const float* weights, int64_t lanes, uint32_t* words) {
-  constexpr int64_t plane = row_blocks * block_words;
-  for (int64_t lane = 0; lane < lanes; lane += block, words += wide_planes<P> * plane)
-    for (int64_t j = 0; j < tile; ++j)
-      split_wide<P>(_mm512_loadu_ps(weights + j * lanes + lane), words + j * block, plane);
-}
-
-// out (tile, 32) = two blocks of columns, from block `column` of `columns`, of the sum of the terms' products, `count`
-// rows of it.
-template <Precision P>
-OBJSLOT_INLINE void spread_columns_on_tiles(const TileTerm* terms, int number, int64_t lanes, int64_t column,
-                                            int64_t columns, int64_t count, float* out) {
-  constexpr int64_t plane = row_blocks * block_words, thin_size = thin_planes<P> * block_words, wide = 2 * block;
-  const int64_t thin_next = column + 1 < columns ? thin_size : 0;
-  for (int64_t j = 0; j < count; j += 2 * block) {
-    clear_sums();
-    for (int t = 0; t < number; ++t)
-      for (int64_t lane = 0; lane < lanes / block; ++lane)
-        multiply_add_square<P, true>(terms[t].words + lane * wide_planes<P> * plane + j * block, block_words, plane,
-                                     terms[t].packed + (lane * columns + column) * thin_size, thin_next, [] {});
-    float* const target = out + j * wide;
-    OBJSLOT_STORE(0, target, wide * 4);
-    OBJSLOT_STORE(1, target + block, wide * 4);
-    OBJSLOT_STORE(2, target + block * wide, wide * 4);
-    OBJSLOT_STORE(3, target + block * wide + block, wide * 4);
-  }
+// out (rows from `row` on, two blocks of columns from block `column` of `columns`) = the sum of the terms' products.
+template <int Parts>
+OBJSLOT_INLINE void spread_on_tiles(const TileTerm* terms, int number, int64_t lanes, int64_t row, int64_t column,
+                                    bool second_column, float* out, int64_t stride) {
+  constexpr int64_t size = Parts * block_words;
+  const int64_t depth = depth_of(lanes);
+  clear_sums();
+  for (int t = 0; t < number; ++t)
+    for (int64_t k = 0; k < depth; ++k) {
+      const Blocks left{terms[t].weights + (row / block * depth + k) * size, depth * size};
+      const Blocks right{terms[t].packed + (column * depth + k) * size, depth * size};
+      if (second_column)
+        multiply_square<Parts, Parts, true, true>(left, right, [] {});
+      else
+        multiply_square<Parts, Parts, true, false>(left, right, [] {});
+    }
+  store_sums<Sums::square>(out, stride, true, second_column);
 }
 
 // Whether no entry is too large, and the largest, where `least` says so, zero or large enough.
@@ -60,13 +48,12 @@ static bool sound_tile(const float* weights, int64_t size, bool least) {
 // Packs q and the upper gradient; false where they are not fit for tiles.
 template <Precision P>
 static bool prepare_tiles(const SlotAttentionProblem& p, const Layout& layout, const BackwardScratch<float>& s) {
-  constexpr Precision M = between_halves<P>;
   const int64_t lanes = layout.lanes, keys = padded<float>(p.width), values = padded<float>(p.value_width);
   if (!sound_rows(s.q_rows, lanes, keys, keys) || !sound_rows(s.dz_rows, lanes, values, values)) return false;
-  pack_matrix<P>(s.q_rows, lanes, keys, true, s.packed_q);
-  pack_matrix<P>(s.dz_rows, lanes, values, true, s.packed_dz);
-  pack_matrix<M>(s.q_rows, lanes, keys, false, s.packed_q_rows);
-  pack_matrix<M>(s.dz_rows, lanes, values, false, s.packed_dz_rows);
+  pack_lanes_right<P>(s.q_rows, lanes, keys, s.packed_q);
+  pack_lanes_right<P>(s.dz_rows, lanes, values, s.packed_dz);
+  pack_lanes_deep<slot_parts<P>>(s.q_rows, lanes, keys, s.packed_q_rows);
+  pack_lanes_deep<slot_parts<P>>(s.dz_rows, lanes, values, s.packed_dz_rows);
   return true;
 }
 
@@ -81,6 +68,7 @@ static TileRows tile_rows(const SlotAttentionProblem& p, const BackwardScratch<f
     for (int64_t j = 0; j < s.live.count; ++j) rows.row[j] = reinterpret_cast<const char*>(keys + j * stride);
     rows.count = s.live.count;
     rows.columns = p.width;
+    rows.stride = 0;
     rows.element = Element::float32;
     rows.normalised = false;
   } else {
@@ -140,19 +128,28 @@ OBJSLOT_INLINE void write_part(const float* from, void* out, Element element, in
 }
 
 // Rows (live positions, columns) of a sum of products to their places in `out`; zeros where nothing is live.
-template <Precision M>
+template <int Parts>
 static void write_on_tiles(const Layout& layout, const Live<float>& live, const TileTerm* terms, int count,
                            int64_t columns, void* out, Element element, int64_t offset, int64_t positions,
                            float* product, bool streamed) {
   if (!live.all) write_zeros<float>(out, element, offset, positions * columns);
   const int64_t blocks = blocks_of(columns);
-  for (int64_t c = 0; c < blocks; c += 2) {
-    spread_columns_on_tiles<M>(terms, count, layout.lanes, c, blocks, live.count, product);
-    const int64_t left = columns - c * block;
-    for (int64_t j = 0; j < live.count; ++j)
-      write_part(product + j * 2 * block, out, element, offset + (live.all ? j : live.index[j]) * columns + c * block,
-                 left < 2 * block ? left : 2 * block, streamed && live.all);
-  }
+  const bool in_place = live.all && element == Element::float32 && columns % block == 0 && !streamed;
+  for (int64_t c = 0; c < blocks; c += 2)
+    for (int64_t row = 0; row < live.count; row += 2 * block) {
+      const bool second = c + 1 < blocks;
+      if (in_place && row + 2 * block <= live.count) {
+        spread_on_tiles<Parts>(terms, count, layout.lanes, row, c, second,
+                               static_cast<float*>(out) + offset + row * columns + c * block, columns);
+        continue;
+      }
+      spread_on_tiles<Parts>(terms, count, layout.lanes, row, c, second, product, 2 * block);
+      const int64_t left = columns - c * block, end = row + 2 * block < live.count ? row + 2 * block : live.count;
+      for (int64_t j = row; j < end; ++j)
+        write_part(product + (j - row) * 2 * block, out, element,
+                   offset + (live.all ? j : live.index[j]) * columns + c * block, left < 2 * block ? left : 2 * block,
+                   streamed && live.all);
+    }
 }
 
 // The gradients that a tile of slopes and weights gives; false where tiles lose too much.
@@ -160,31 +157,28 @@ template <Precision P>
 static bool gradients_on_tiles(const SlotAttentionProblem& p, const SlotAttentionGradient& r, const Layout& layout,
                                const BackwardScratch<float>& s, const float* keys, int64_t batch, int64_t from,
                                int64_t count, bool stream_keys, bool stream_values) {
-  constexpr Precision M = between_halves<P>;
+  constexpr int parts = slot_parts<P>;
   const int64_t lanes = layout.lanes, row = batch * p.positions + from;
   if (!sound_tile(s.weights, s.live.count * lanes, false) || !sound_tile(s.slopes, s.live.count * lanes, true))
     return false;
   const TileTerm terms[2] = {{s.slope_words, s.packed_q_rows}, {s.weight_words, s.packed_dz_rows}};
-  if (r.grad_k) split_weights<M>(s.slopes, lanes, s.slope_words);
-  if (r.grad_v || !p.v) split_weights<M>(s.weights, lanes, s.weight_words);
+  if (r.grad_k) pack_weights_wide<parts>(s.slopes, s.live.count, lanes, s.slope_words);
+  if (r.grad_v || !p.v) pack_weights_wide<parts>(s.weights, s.live.count, lanes, s.weight_words);
   if (r.grad_k && p.row_mean) {
     const int64_t stride = padded<float>(p.width), blocks = blocks_of(p.width);
-    for (int64_t c = 0; c < blocks; c += 2) {
-      spread_columns_on_tiles<M>(terms, 2, lanes, c, blocks, s.live.count, s.product);
-      for (int64_t j = 0; j < s.live.count; ++j)
-        for (int64_t d = 0; d < 2 * block && c * block + d < stride; d += block)
-          store(s.grad_keys + j * stride + c * block + d, load(s.product + j * 2 * block + d));
-    }
+    for (int64_t c = 0; c < blocks; c += 2)
+      for (int64_t j = 0; j < s.live.count; j += 2 * block)
+        spread_on_tiles<parts>(terms, 2, lanes, j, c, c + 1 < blocks, s.grad_keys + j * stride + c * block, stride);
     write_normalised<float>(p, r, s, keys, batch, from, count);
   } else if (r.grad_k) {
-    write_on_tiles<M>(layout, s.live, terms, p.v ? 1 : 2, p.width, r.grad_k, p.element, row * p.width, count, s.product,
-                      stream_keys);
+    write_on_tiles<parts>(layout, s.live, terms, p.v ? 1 : 2, p.width, r.grad_k, p.element, row * p.width, count,
+                          s.product, stream_keys);
   }
   if (r.grad_v)
-    write_on_tiles<M>(layout, s.live, terms + 1, 1, p.value_width, r.grad_v, p.element, row * p.value_width, count,
-                      s.product, stream_values);
+    write_on_tiles<parts>(layout, s.live, terms + 1, 1, p.value_width, r.grad_v, p.element, row * p.value_width, count,
+                          s.product, stream_values);
   if (r.grad_q) {
-    pack_weights<P>(s.slopes, s.live.count, lanes, s.packed_slopes);
+    pack_weights_turned<parts>(s.slopes, s.live.count, lanes, s.packed_slopes);
     gather_rows<P>(tile_rows(p, s, false, keys, batch, from), s.packed_slopes, lanes, s.words, s.grad_q);
   }
   return true;

@@ -23,6 +23,7 @@ OBJSLOT_INLINE void point_to(TileRows& rows, const void* base, Element element, 
   for (int64_t j = 0; j < live.count; ++j) rows.row[j] = begin + (live.all ? j : live.index[j]) * stride * size;
   rows.count = live.count;
   rows.columns = columns;
+  rows.stride = live.all ? stride * size : 0;
   rows.element = element;
   rows.normalised = false;
 }

@@ -2,7 +2,7 @@
 // the slots, and the weights of the rows with the rows.
 #pragma once
 
-#include "slot_words.h"
+#include "slot_splitter.h"
 
 #ifdef OBJSLOT_TILES
 namespace objslot::OBJSLOT_ISA {
@@ -16,275 +16,231 @@ namespace objslot::OBJSLOT_ISA {
 OBJSLOT_INLINE void clear_sums() {
   asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::);
 }
-// Four tiles of floats, `next` floats apart.
-OBJSLOT_INLINE void load_sums(const float* from, int64_t next, int64_t stride) {
+
+// How many blocks of rows by blocks of columns the four sums are: two by two (of which the second row or column may be
+// missing: `part`), four by one, one by four.
+enum class Sums { square, tall, wide };
+
+// Sums of a product, (rows, columns) of `stride` floats.
+template <Sums S>
+OBJSLOT_INLINE void load_sums(const float* from, int64_t stride, bool second_row = true) {
+  const int64_t down = block * stride;
   OBJSLOT_LOAD(0, from, stride * 4);
-  OBJSLOT_LOAD(1, from + next, stride * 4);
-  OBJSLOT_LOAD(2, from + 2 * next, stride * 4);
-  OBJSLOT_LOAD(3, from + 3 * next, stride * 4);
+  OBJSLOT_LOAD(1, from + (S == Sums::tall ? down : block), stride * 4);
+  if (S == Sums::square && !second_row) return;
+  OBJSLOT_LOAD(2, from + (S == Sums::tall ? 2 * down : S == Sums::wide ? 2 * block : down), stride * 4);
+  OBJSLOT_LOAD(3, from + (S == Sums::tall ? 3 * down : S == Sums::wide ? 3 * block : down + block), stride * 4);
 }
-OBJSLOT_INLINE void store_sums(float* to, int64_t next, int64_t stride) {
+template <Sums S>
+OBJSLOT_INLINE void store_sums(float* to, int64_t stride, bool second_row = true, bool second_column = true) {
+  const int64_t down = block * stride;
   OBJSLOT_STORE(0, to, stride * 4);
-  OBJSLOT_STORE(1, to + next, stride * 4);
-  OBJSLOT_STORE(2, to + 2 * next, stride * 4);
-  OBJSLOT_STORE(3, to + 3 * next, stride * 4);
+  if (S != Sums::square || second_column) OBJSLOT_STORE(1, to + (S == Sums::tall ? down : block), stride * 4);
+  if (S == Sums::square && !second_row) return;
+  OBJSLOT_STORE(2, to + (S == Sums::tall ? 2 * down : S == Sums::wide ? 2 * block : down), stride * 4);
+  if (S != Sums::square || second_column)
+    OBJSLOT_STORE(3, to + (S == Sums::tall ? 3 * down : S == Sums::wide ? 3 * block : down + block), stride * 4);
 }
 
-// The four sums += four wide blocks, `next` words apart, times a thin one; wide ones on the left or on the right.
-#define OBJSLOT_ADD(sums, wide, thin)   \
-  if constexpr (wide_left)              \
-    OBJSLOT_MULTIPLY(sums, wide, thin); \
-  else                                  \
-    OBJSLOT_MULTIPLY(sums, thin, wide)
-#define OBJSLOT_ADD_PLANE(thin, from, plane) \
-  OBJSLOT_LOAD(thin, plane, 64);             \
-  OBJSLOT_LOAD(6, from, 64);                 \
-  OBJSLOT_ADD(0, 6, thin);                   \
-  between();                                 \
-  OBJSLOT_LOAD(7, (from) + next, 64);        \
-  OBJSLOT_ADD(1, 7, thin);                   \
-  between();                                 \
-  OBJSLOT_LOAD(6, (from) + 2 * next, 64);    \
-  OBJSLOT_ADD(2, 6, thin);                   \
-  between();                                 \
-  OBJSLOT_LOAD(7, (from) + 3 * next, 64);    \
-  OBJSLOT_ADD(3, 7, thin);                   \
-  between();                                 \
-  between()
+// A factor at one place of the inner dimension: its first block, words to the next block and part, bytes of a row.
+struct Blocks {
+  const uint32_t* at;
+  int64_t next, part = block_words, row = 64;
+  OBJSLOT_INLINE_MEMBER const uint32_t* of(int64_t index, int64_t which) const {
+    return at + index * next + which * part;
+  }
+};
 
+// Products of part `i` of the left factor with part `j` of the right one, for i + j below the larger number of parts.
 // `between` is work for the other units of the processor, done while the tiles multiply.
-template <Precision P, bool wide_left, class Between>
-OBJSLOT_INLINE void multiply_add(const uint32_t* wide, int64_t next, int64_t plane, const uint32_t* thin,
-                                 const Between& between) {
-  OBJSLOT_ADD_PLANE(4, wide, thin);
-  if constexpr (P != Precision::exact) {
-    OBJSLOT_ADD_PLANE(5, wide, thin + block_words);
-  }
-  if constexpr (P == Precision::thrice) {
-    OBJSLOT_ADD_PLANE(4, wide + plane, thin + 2 * block_words);
-  }
-}
-
-// The four sums += two wide blocks, `next` words apart, times two thin ones, `thin_next` apart: sum 0 of the first
-// ones, 1 of the second thin one, 2 of the second wide one, 3 of both second ones.
-#define OBJSLOT_ADD_SQUARE \
-  OBJSLOT_ADD(0, 4, 6);    \
-  between();               \
-  OBJSLOT_ADD(2, 5, 6);    \
-  between();               \
-  OBJSLOT_ADD(1, 4, 7);    \
-  between();               \
-  OBJSLOT_ADD(3, 5, 7);    \
-  between()
-
-template <Precision P, bool wide_left, class Between>
-OBJSLOT_INLINE void multiply_add_square(const uint32_t* wide, int64_t next, int64_t plane, const uint32_t* thin,
-                                        int64_t thin_next, const Between& between) {
-  OBJSLOT_LOAD(4, wide, 64);
-  OBJSLOT_LOAD(5, wide + next, 64);
-  OBJSLOT_LOAD(6, thin, 64);
-  OBJSLOT_LOAD(7, thin + thin_next, 64);
-  OBJSLOT_ADD_SQUARE;
-  if constexpr (P != Precision::exact) {
-    OBJSLOT_LOAD(6, thin + block_words, 64);
-    OBJSLOT_LOAD(7, thin + thin_next + block_words, 64);
-    OBJSLOT_ADD_SQUARE;
-  }
-  if constexpr (P == Precision::thrice) {
-    OBJSLOT_LOAD(4, wide + plane, 64);
-    OBJSLOT_LOAD(5, wide + next + plane, 64);
-    OBJSLOT_LOAD(6, thin + 2 * block_words, 64);
-    OBJSLOT_LOAD(7, thin + thin_next + 2 * block_words, 64);
-    OBJSLOT_ADD_SQUARE;
-  }
-}
-
-// Rows are split part by part, each part while the one before it is multiplied: its words stay in the first cache.
-// Blocks of columns in a part of `multiply_rows`, blocks of rows in one of `gather_rows`.
-OBJSLOT_INLINE int64_t part_columns(int64_t lanes) { return lanes > block ? 2 : 1; }
-OBJSLOT_INLINE int64_t part_rows(int64_t lanes) { return lanes > block ? 2 : 1; }
-
-// Words that these two work in.
-template <Precision P>
-OBJSLOT_INLINE int64_t words_of(int64_t lanes) {
-  const int64_t rows = 4 * part_rows(lanes), columns = row_blocks * part_columns(lanes);
-  return 2 * (rows > columns ? rows : columns) * wide_planes<P> * block_words;
-}
-
-template <Precision P, Reading R>
-static void multiply_rows_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* out) {
-  const int64_t columns = blocks_of(rows.columns), used = blocks_of(rows.count) * block, wide = part_columns(lanes);
-  const int64_t plane = used * block, step = wide_planes<P> * plane;
-  Splitter<P, R> splitter(rows);
-  const auto begin = [&](int64_t column) {
-    const int64_t left = columns - column;
-    splitter.begin(0, used, column * block, left < wide ? left : wide, words + column / wide % 2 * wide * step);
+template <int Left, int Right, bool second_row, bool second_column, class Between>
+OBJSLOT_INLINE void multiply_square(const Blocks& left, const Blocks& right, const Between& between) {
+  const auto take_left = [&](int part) __attribute__((always_inline)) {
+    OBJSLOT_LOAD(4, left.of(0, part), left.row);
+    if constexpr (second_row) OBJSLOT_LOAD(5, left.of(1, part), left.row);
   };
-  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
-  begin(0);
-  splitter.finish();
-  if (lanes == block) clear_sums();
-  for (int64_t column = 0; column < columns; column += wide) {
-    const uint32_t* const at = words + column / wide % 2 * wide * step;
-    if (column + wide < columns) begin(column + wide);
-    for (int64_t lane = 0; lane < lanes; lane += block) {
-      if (lanes > block) {
-        if (column == 0)
-          clear_sums();
-        else
-          load_sums(out + lane, block * lanes, lanes);
+  const auto take_right = [&](int part) __attribute__((always_inline)) {
+    OBJSLOT_LOAD(6, right.of(0, part), right.row);
+    if constexpr (second_column) OBJSLOT_LOAD(7, right.of(1, part), right.row);
+  };
+  const auto add = [&]() __attribute__((always_inline)) {
+    OBJSLOT_MULTIPLY(0, 4, 6);
+    if constexpr (second_row) OBJSLOT_MULTIPLY(2, 5, 6);
+    if constexpr (second_column) OBJSLOT_MULTIPLY(1, 4, 7);
+    if constexpr (second_row && second_column) OBJSLOT_MULTIPLY(3, 5, 7);
+    between();
+  };
+  if constexpr (Left > 1) {
+    take_left(1);
+    if constexpr (Right == 3) {
+      take_right(1);
+      add();
+    }
+    take_right(0);
+    add();
+    if constexpr (Left == 3) {
+      take_left(2);
+      add();
+    }
+    take_left(0);
+    add();
+  } else {
+    take_left(0);
+    take_right(0);
+    add();
+  }
+  if constexpr (Right > 1) {
+    take_right(1);
+    add();
+  }
+  if constexpr (Right == 3) {
+    take_right(2);
+    add();
+  }
+}
+
+// Four blocks of one factor, `many`, by one of the other.
+template <int Many, int One, bool many_left, class Between>
+OBJSLOT_INLINE void multiply_strip(const Blocks& many, const Blocks& one, const Between& between) {
+  constexpr int parts = Many > One ? Many : One;
+#pragma GCC unroll 3
+  for (int j = 0; j < One; ++j) {
+    OBJSLOT_LOAD(6, one.of(0, j), one.row);
+#pragma GCC unroll 3
+    for (int i = 0; i < Many; ++i) {
+      if (i + j >= parts) continue;
+      OBJSLOT_LOAD(4, many.of(0, i), many.row);
+      OBJSLOT_LOAD(5, many.of(1, i), many.row);
+      if constexpr (many_left) {
+        OBJSLOT_MULTIPLY(0, 4, 6);
+        OBJSLOT_MULTIPLY(1, 5, 6);
+      } else {
+        OBJSLOT_MULTIPLY(0, 6, 4);
+        OBJSLOT_MULTIPLY(1, 6, 5);
       }
-      const uint32_t* with = thin + (lane / block * columns + column) * thin_planes<P> * block_words;
-      for (int64_t c = 0; c < wide && column + c < columns; ++c, with += thin_planes<P> * block_words)
-        multiply_add<P, true>(at + c * step, block_words, plane, with, between);
-      if (lanes > block) store_sums(out + lane, block * lanes, lanes);
+      OBJSLOT_LOAD(7, many.of(2, i), many.row);
+      OBJSLOT_LOAD(4, many.of(3, i), many.row);
+      if constexpr (many_left) {
+        OBJSLOT_MULTIPLY(2, 7, 6);
+        OBJSLOT_MULTIPLY(3, 4, 6);
+      } else {
+        OBJSLOT_MULTIPLY(2, 6, 7);
+        OBJSLOT_MULTIPLY(3, 6, 4);
+      }
+      between();
+    }
+  }
+}
+
+// Rows of words that a splitter makes after four products of tiles each: as many as keep up with them.
+template <Precision P, Sums S>
+constexpr int split_step = (P == Precision::thrice ? 8 : 16) * (S == Sums::square ? 1 : 2);
+
+// Words that `multiply_rows` and `gather_rows` work in.
+template <Precision P>
+OBJSLOT_INLINE int64_t words_of(int64_t lanes, int64_t columns) {
+  const int64_t high = lanes > block ? 2 : 4, depth = lanes > 2 * block ? depth_of(columns) : 2;
+  const int64_t rows = high * depth, sums = 2 * tile_depth * high;
+  return (rows > sums ? rows : sums) * row_parts<P> * block_words;
+}
+
+template <Precision P, Reading R, Sums S>
+static void multiply_rows_as(const TileRows& rows, const uint32_t* right, int64_t lanes, uint32_t* words, float* out) {
+  constexpr int high = S == Sums::square ? 2 : 4, across = S == Sums::square ? 2 : 1;
+  constexpr int64_t step = high * row_parts<P> * block_words, thin = slot_parts<P> * block_words;
+  const int64_t depth = depth_of(rows.columns), strips = lanes / block;
+  // Words that no other strip needs are soon written over.
+  const int64_t kept = strips > across ? depth : 2;
+  Splitter<P, R, true, split_step<P, S>> splitter(rows, high);
+  const auto between = [&]() __attribute__((always_inline)) {
+    if constexpr (R != Reading::direct) splitter.step();
+  };
+  for (int64_t row = 0; row < rows.count; row += high * block) {
+    if constexpr (R != Reading::direct) {
+      splitter.begin(row, 0, 1, words);
+      splitter.finish();
+    }
+    for (int64_t strip = 0; strip < strips; strip += across) {
+      const uint32_t* with = right + strip * depth * thin;
+      const bool both = strip + 1 < strips;
+      clear_sums();
+      for (int64_t k = 0; k < depth; ++k, with += thin) {
+        Blocks left{words + k % kept * step, row_parts<P> * block_words};
+        if constexpr (R == Reading::direct)
+          left = {reinterpret_cast<const uint32_t*>(rows.row[row]) + k * block, rows.stride * block / 4, 0,
+                  rows.stride};
+        else if (strip == 0 && k + 1 < depth)
+          splitter.begin(row, (k + 1) * block_depth, 1, words + (k + 1) % kept * step);
+        const Blocks slots{with, depth * thin};
+        if constexpr (S == Sums::tall)
+          multiply_strip<row_parts<P>, slot_parts<P>, true>(left, slots, between);
+        else if (both)
+          multiply_square<row_parts<P>, slot_parts<P>, true, true>(left, slots, between);
+        else
+          multiply_square<row_parts<P>, slot_parts<P>, true, false>(left, slots, between);
+        if constexpr (R != Reading::direct) splitter.finish();
+      }
+      store_sums<S>(out + row * lanes + strip * block, lanes, true, both);
+    }
+  }
+}
+
+// out (tile, lanes) = rows times the transposed slots (lanes, columns), packed. Writes whole pairs of blocks of rows,
+// or four blocks at once.
+template <Precision P>
+static void multiply_rows(const TileRows& rows, const uint32_t* right, int64_t lanes, uint32_t* words, float* out) {
+  if (lanes == block)
+    with_reading<P>(rows, 4 * block, block_depth, true,
+                    [&](auto reading) { multiply_rows_as<P, reading(), Sums::tall>(rows, right, lanes, words, out); });
+  else
+    with_reading<P>(rows, 2 * block, block_depth, true, [&](auto reading) {
+      multiply_rows_as<P, reading(), Sums::square>(rows, right, lanes, words, out);
+    });
+}
+
+template <Precision P, Reading R, Sums S>
+static void gather_rows_as(const TileRows& rows, const uint32_t* left, int64_t lanes, uint32_t* words, float* sums) {
+  constexpr int high = S == Sums::square ? 2 : 1, across = S == Sums::square ? 2 : 4;
+  constexpr int64_t wide = row_parts<P> * block_words, thin = slot_parts<P> * block_words;
+  const int64_t columns = 4 * quads_of(rows.columns), stride = columns * block, depth = depth_of(rows.count);
+  const int64_t size = tile_depth * across * wide, strips = lanes / block;
+  if (depth == 0) return;
+  Splitter<P, R, false, split_step<P, S>> splitter(rows, across);
+  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
+  splitter.begin(0, 0, depth, words);
+  splitter.finish();
+  for (int64_t c = 0; c < columns; c += across) {
+    const uint32_t* const at = words + c / across % 2 * size;
+    if (c + across < columns) splitter.begin(0, (c + across) * block, depth, words + (c / across + 1) % 2 * size);
+    for (int64_t strip = 0; strip < strips; strip += high) {
+      float* const target = sums + strip * block * stride + c * block;
+      const bool both = strip + 1 < strips;
+      load_sums<S>(target, stride, both);
+      for (int64_t k = 0; k < depth; ++k) {
+        const Blocks weights{left + (strip * tile_depth + k) * thin, tile_depth * thin};
+        const Blocks right{at + k * across * wide, wide};
+        if constexpr (S == Sums::wide)
+          multiply_strip<row_parts<P>, slot_parts<P>, false>(right, weights, between);
+        else if (both)
+          multiply_square<slot_parts<P>, row_parts<P>, true, true>(weights, right, between);
+        else
+          multiply_square<slot_parts<P>, row_parts<P>, false, true>(weights, right, between);
+      }
+      store_sums<S>(target, stride, both);
     }
     splitter.finish();
   }
-  if (lanes == block) store_sums(out, block * lanes, lanes);
 }
 
-// The same for pairs of blocks of lanes: sums of 32 rows and 32 lanes stay in the registers, and the rows are split
-// anew for each pair of blocks.
-template <Precision P, Reading R>
-static void multiply_pairs_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* out) {
-  const int64_t columns = blocks_of(rows.columns), used = blocks_of(rows.count) * block;
-  constexpr int64_t plane = 2 * block_words, step = wide_planes<P> * plane;
-  const int64_t thin_next = columns * thin_planes<P> * block_words;
-  Splitter<P, R> splitter(rows);
-  int64_t part = 0;
-  const auto begin = [&](int64_t row, int64_t column) {
-    splitter.begin(row, 2 * block, column * block, 1, words + part++ % 2 * step);
-  };
-  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
-  begin(0, 0);
-  splitter.finish();
-  for (int64_t row = 0; row < used; row += 2 * block)
-    for (int64_t lane = 0; lane < lanes; lane += 2 * block) {
-      const uint32_t* with = thin + lane / block * thin_next;
-      clear_sums();
-      for (int64_t c = 0; c < columns; ++c, with += thin_planes<P> * block_words) {
-        const uint32_t* const at = words + (part - 1) % 2 * step;
-        if (c + 1 < columns)
-          begin(row, c + 1);
-        else if (lane + 2 * block < lanes)
-          begin(row, 0);
-        else if (row + 2 * block < used)
-          begin(row + 2 * block, 0);
-        multiply_add_square<P, true>(at, block_words, plane, with, thin_next, between);
-        splitter.finish();
-      }
-      float* const target = out + row * lanes + lane;
-      OBJSLOT_STORE(0, target, lanes * 4);
-      OBJSLOT_STORE(1, target + block, lanes * 4);
-      OBJSLOT_STORE(2, target + block * lanes, lanes * 4);
-      OBJSLOT_STORE(3, target + block * lanes + block, lanes * 4);
-    }
-}
-
-// out (tile, lanes) = rows times the transposed thin matrix (lanes, columns), packed.
+// sums (lanes, 64 quads) += the transposed weights (tile, lanes), packed, times the rows.
 template <Precision P>
-static void multiply_rows(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* out) {
-  if (lanes % (2 * block) == 0)
-    with_reading(rows, 2 * block, block,
-                 [&](auto reading) { multiply_pairs_as<P, reading()>(rows, thin, lanes, words, out); });
+static void gather_rows(const TileRows& rows, const uint32_t* left, int64_t lanes, uint32_t* words, float* sums) {
+  if (lanes == block)
+    with_reading<P>(rows, block_depth, 4 * block, false,
+                    [&](auto reading) { gather_rows_as<P, reading(), Sums::wide>(rows, left, lanes, words, sums); });
   else
-    with_reading(rows, block, block,
-                 [&](auto reading) { multiply_rows_as<P, reading()>(rows, thin, lanes, words, out); });
-}
-
-template <Precision P, Reading R>
-static void gather_rows_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* sums) {
-  const int64_t quads = quads_of(rows.columns), stride = quads * 4 * block, used = blocks_of(rows.count);
-  const int64_t high = part_rows(lanes), groups = (used + high - 1) / high, parts = quads * groups;
-  const int64_t size = 4 * wide_planes<P> * high * block_words;
-  if (parts == 0) return;
-  Splitter<P, R> splitter(rows);
-  const auto height_of = [&](int64_t group) {
-    const int64_t left = used - group * high;
-    return left < high ? left : high;
-  };
-  int64_t part = 0;
-  const auto begin = [&](int64_t quad, int64_t group) {
-    splitter.begin(group * high * block, height_of(group) * block, quad * 4 * block, 4, words + part++ % 2 * size);
-  };
-  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
-  begin(0, 0);
-  splitter.finish();
-  for (int64_t quad = 0; quad < quads; ++quad)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t height = height_of(group), plane = height * block_words, step = wide_planes<P> * plane;
-      const uint32_t* const at = words + (part - 1) % 2 * size;
-      if (part < parts) begin(group + 1 < groups ? quad : quad + 1, group + 1 < groups ? group + 1 : 0);
-      for (int64_t lane = 0; lane < lanes; lane += block) {
-        float* const target = sums + lane * stride + quad * 4 * block;
-        const uint32_t* with = thin + (lane / block * row_blocks + group * high) * thin_planes<P> * block_words;
-        if (lanes > block || group == 0) load_sums(target, block, stride);
-        for (int64_t j = 0; j < height; ++j, with += thin_planes<P> * block_words)
-          multiply_add<P, false>(at + j * block_words, step, plane, with, between);
-        if (lanes > block || group + 1 == groups) store_sums(target, block, stride);
-      }
-      splitter.finish();
-    }
-}
-
-// The same for pairs of blocks of lanes.
-template <Precision P, Reading R>
-static void gather_pairs_as(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* sums) {
-  const int64_t columns = 4 * quads_of(rows.columns), stride = columns * block, used = blocks_of(rows.count);
-  constexpr int64_t plane = block_words, step = wide_planes<P> * plane, thin_size = thin_planes<P> * block_words;
-  if (used == 0) return;
-  Splitter<P, R> splitter(rows);
-  int64_t part = 0;
-  const auto begin = [&](int64_t row, int64_t column) {
-    splitter.begin(row * block, block, column * block, 2, words + part++ % 2 * 2 * step);
-  };
-  const auto between = [&]() __attribute__((always_inline)) { splitter.step(); };
-  begin(0, 0);
-  splitter.finish();
-  for (int64_t lane = 0; lane < lanes; lane += 2 * block)
-    for (int64_t c = 0; c < columns; c += 2) {
-      float* const target = sums + lane * stride + c * block;
-      OBJSLOT_LOAD(0, target, stride * 4);
-      OBJSLOT_LOAD(1, target + block * stride, stride * 4);
-      OBJSLOT_LOAD(2, target + block, stride * 4);
-      OBJSLOT_LOAD(3, target + block * stride + block, stride * 4);
-      for (int64_t j = 0; j < used; ++j) {
-        const uint32_t* const at = words + (part - 1) % 2 * 2 * step;
-        if (j + 1 < used)
-          begin(j + 1, c);
-        else if (c + 2 < columns)
-          begin(0, c + 2);
-        else if (lane + 2 * block < lanes)
-          begin(0, 0);
-        multiply_add_square<P, false>(at, step, plane, thin + (lane / block * row_blocks + j) * thin_size,
-                                      row_blocks * thin_size, between);
-        splitter.finish();
-      }
-      OBJSLOT_STORE(0, target, stride * 4);
-      OBJSLOT_STORE(1, target + block * stride, stride * 4);
-      OBJSLOT_STORE(2, target + block, stride * 4);
-      OBJSLOT_STORE(3, target + block * stride + block, stride * 4);
-    }
-}
-
-// sums (lanes, 64 quads) += the transposed thin matrix (tile, lanes), packed, times the rows.
-template <Precision P>
-static void gather_rows(const TileRows& rows, const uint32_t* thin, int64_t lanes, uint32_t* words, float* sums) {
-  if (lanes % (2 * block) == 0)
-    with_reading(rows, block, 4 * block,
-                 [&](auto reading) { gather_pairs_as<P, reading()>(rows, thin, lanes, words, sums); });
-  else
-    with_reading(rows, block, 4 * block,
-                 [&](auto reading) { gather_rows_as<P, reading()>(rows, thin, lanes, words, sums); });
-}
-
-// The weights (count, lanes) of a tile, transposed, as thin blocks: (blocks of lanes, blocks of rows).
-template <Precision P>
-static void pack_weights(const float* weights, int64_t count, int64_t lanes, uint32_t* to) {
-  for (int64_t lane = 0; lane < lanes; lane += block)
-    for (int64_t j = 0; j < row_blocks; ++j, to += thin_planes<P> * block_words)
-      if (j * block < count) pack_thin<P>(weights + j * block * lanes + lane, lanes, count - j * block, true, to);
+    with_reading<P>(rows, block_depth, 4 * block, false,
+                    [&](auto reading) { gather_rows_as<P, reading(), Sums::square>(rows, left, lanes, words, sums); });
 }
 
 }  // namespace objslot::OBJSLOT_ISA
