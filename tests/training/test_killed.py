@@ -28,8 +28,14 @@ def test_killed_at_a_few_moments(shared_videos, tmp_path, kind):
     assert found["kills"] == 6 and found["finished"] >= 1
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("frozen", marks=pytest.mark.slow),
+        pytest.param("stored features", marks=pytest.mark.nightly),
+        pytest.param("encoder trained", marks=pytest.mark.nightly),
+    ],
+)
 def test_killed_at_a_hundred_moments(shared_videos, tmp_path, kind):
     found = kill(shared_videos, tmp_path, kind, 100, seed=1)
     assert found["kills"] == 100 and found["finished"] > 5

@@ -66,9 +66,11 @@ def test_a_clock_that_goes_back(shared_videos, tmp_path, config, metrics, monkey
     train(settings, shared_videos, tmp_path / "whole")
     out = tmp_path / "run"
     stopped_train(settings, shared_videos, out, 3)
-    # The disk remembers times to come; this process counts backwards.
-    for path in out.rglob("*"):
-        os.utime(path, (4e9, 4e9))
+    # The disk remembers times to come, what was written last the earliest; this process counts backwards.
+    for age, path in enumerate(sorted(out.rglob("*"))):
+        os.utime(path, (4e9 - age, 4e9 - age))
+    steps = [checkpoint.step for checkpoint in list_checkpoints(out / "checkpoints")]
+    assert len(steps) > 1 and steps == sorted(steps)
     for name, start in (("time", 1e9), ("perf_counter", 1e6)):
         count = itertools.count()
         monkeypatch.setattr(f"time.{name}", lambda start=start, count=count: start - next(count))
