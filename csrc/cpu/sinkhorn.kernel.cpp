@@ -247,7 +247,7 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   }
   if (first) keeper.finish(count, error);
   if (!result.plan) return true;
-  const bool streamed = p.batch * p.n * p.m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
+  const bool streamed = goes_past_caches<T>(p, keeper.history());
   const int64_t size = p.element == Element::float64 ? 8 : p.element == Element::float32 ? 4 : 2;
   const PlanRows<T> plan{&matrix, s.kernel, s.offset,
                          s.x,     s.y,      static_cast<char*>(result.plan) + keeper.index * p.n * p.m * size,

@@ -116,14 +116,18 @@ OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient,
     correct_tile<T, R, C, Streamed>(plan, gradient, left, right, rank, columns, j, inverse_eps, out);
   for (; j + width<T> <= m; j += width<T>)
     correct_tile<T, R, 1, Streamed>(plan, gradient, left, right, rank, columns, j, inverse_eps, out);
-  for (int r = 0; r < R && j < m; ++r) {
-    Vec<T> value = -load_first(gradient[r] + j, m - j);
-    for (int64_t k = 0; k < rank; ++k)
-      value = fused(broadcast(left[r * rank + k]), load(right + k * columns + j), value);
-    // Only the padded buffer has room for a whole vector, and only it is used for rows that end in part of
-    // one.
-    store(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value);
+  if (j == m) return;
+  Vec<T> value[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) value[r] = -load_first(gradient[r] + j, m - j);
+  for (int64_t k = 0; k < rank; ++k) {
+    const Vec<T> factor = load(right + k * columns + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) value[r] = fused(broadcast(left[r * rank + k]), factor, value[r]);
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value[r], m - j);
 }
 
 // A masked column has no plan, but its scores counted when the rows were first set, with the first y.
@@ -144,11 +148,11 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
                    const Team& team) {
   const Matrix<T>& matrix = g.matrix;
   const int64_t m = matrix.m, columns = matrix.columns, rank = 2 * g.count;
-  const bool streamed = g.p.batch * g.p.n * m * static_cast<int64_t>(sizeof(T)) > stream_bytes;
+  const bool streamed = goes_past_caches<T>(g.p, true);
   bool holes = false;
   for (int64_t j = 0; j < m; ++j) holes |= w.holes[j] != T(0);
   const bool aligned = m == columns && reinterpret_cast<uintptr_t>(g.out.grad_scores) % OBJSLOT_VECTOR_BYTES == 0;
-  const bool direct = !g.half() && !holes && aligned;
+  const bool direct = !g.half() && !holes && (aligned || !streamed);
   const Vec<T> inverse_eps = broadcast(matrix.inverse_eps);
   for_chunks(matrix, team, backwards, [&](int64_t chunk) {
     const int64_t end = end_of_chunk(matrix, chunk);

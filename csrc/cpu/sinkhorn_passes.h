@@ -15,8 +15,12 @@ constexpr int block = 4;
 constexpr int64_t sweep_rows = 8;
 // A matrix up to this many bytes leaves room for the next one in a second-level cache.
 constexpr int64_t prefetch_bytes = int64_t{300} << 10;
-// A matrix above this many bytes of results is written past the caches.
+// Results above this many bytes are written past the caches.
 constexpr int64_t stream_bytes = int64_t{4} << 20;
+// The same where a backward reads them again, from a third-level cache if they are left there. Many iterations want
+// the second level for themselves.
+constexpr int64_t reread_bytes = int64_t{16} << 20;
+constexpr int64_t few_iterations = 10;
 // Entries a thread should have at least: starting one costs some microseconds.
 constexpr int64_t entries_per_thread = 16384;
 
@@ -79,6 +83,13 @@ static Matrix<T> element_of(const SinkhornProblem& p, int64_t index) {
 OBJSLOT_INLINE int useful_threads(const SinkhornProblem& p, int threads) {
   const int64_t useful = p.batch * p.n * p.m / entries_per_thread;
   return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
+}
+
+// Whether matrices of all the batch are written past the caches.
+template <class T>
+OBJSLOT_INLINE bool goes_past_caches(const SinkhornProblem& p, bool reread) {
+  const int64_t bytes = p.batch * p.n * p.m * static_cast<int64_t>(sizeof(T));
+  return bytes > (reread && p.n_iters <= few_iterations ? reread_bytes : stream_bytes);
 }
 
 // Calls visit(chunk) for every chunk of rows of this thread's share, then waits for the team. Sweeps that turn

@@ -116,9 +116,23 @@ OBJSLOT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) {
 }
 
 // The smaller of the two; b where either is NaN.
-template <class T>
-OBJSLOT_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return -larger(-a, -b);
+OBJSLOT_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+OBJSLOT_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
 }
 
 // Subnormal numbers are zero while this lives: they are slow, and imprecise where zero would be seen.

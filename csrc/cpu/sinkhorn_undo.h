@@ -164,20 +164,23 @@ template <class T, int R>
 OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient, const T* holes, int64_t m, T* grad_f,
                                   T* sums, Vec<T>& low) {
   Vec<T> total[R] = {};
-  for (int64_t j = 0; j < m; j += width<T>) {
-    const int64_t left = m - j;
+  const auto visit = [&](int64_t j, auto&& read) __attribute__((always_inline)) {
     const Vec<T> hole = load(holes + j);
     Vec<T> sum = load(sums + j);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> entry = load_upto(plan[r] + j, left);
-      const Vec<T> product = entry * load_upto(gradient[r] + j, left);
-      low = smaller<T>(entry + hole, low);
-      total[r] += product;
-      sum += product;
+      const Vec<T> entry = read(plan[r] + j), upper = read(gradient[r] + j);
+      low = smaller(entry + hole, low);
+      total[r] = fused(entry, upper, total[r]);
+      sum = fused(entry, upper, sum);
     }
     store(sums + j, sum);
-  }
+  };
+  const int64_t whole = m / width<T> * width<T>;
+  for (int64_t j = 0; j < whole; j += width<T>)
+    visit(j, [](const T* p) __attribute__((always_inline)) { return load(p); });
+  if (whole < m)
+    visit(whole, [&](const T* p) __attribute__((always_inline)) { return load_first(p, m - whole); });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) grad_f[r] += sum_lanes<T>(total[r]);
 }
@@ -234,7 +237,7 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
         for (int64_t r = 0; r < rows; ++r)
           if (last_x[i + r] != T(0))
             for (int64_t j = 0; j < m; j += width<T>)
-              low = smaller<T>(load_upto(plan_rows[r] + j, m - j) + load(w.holes + j), low);
+              low = smaller(load_upto(plan_rows[r] + j, m - j) + load(w.holes + j), low);
       }
     }
     w.gaps[chunk] = -largest_lane<T>(-low) < std::numeric_limits<T>::min();

@@ -138,7 +138,7 @@ static AdvanceScratch<T> advance_scratch(const SlotRows& p, int threads, Shelf& 
 
 template <class T>
 OBJSLOT_INLINE Vec<T> bounded(Vec<T> x) {
-  return smaller<T>(broadcast(T(sizeof(T) == 4 ? 120 : 1000)), x);
+  return smaller(broadcast(T(sizeof(T) == 4 ? 120 : 1000)), x);
 }
 template <class T>
 OBJSLOT_INLINE Vec<T> sigmoid(Vec<T> x) {
