@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from objslot.ops import _direct, _native, sinkhorn, sinkhorn_potentials, slot_attention, slot_softmax, use_backend
+from objslot.ops import (
+    _direct,
+    _native,
+    sinkhorn,
+    sinkhorn_potentials,
+    sinkhorn_transport,
+    slot_attention,
+    slot_softmax,
+    use_backend,
+)
+from objslot.ops.transport import alignment
 
 pytestmark = pytest.mark.skipif(_native.load() is None, reason="the compiled module is missing")
 
@@ -93,16 +103,17 @@ def test_masses_are_checked():
         sinkhorn(torch.zeros(2, 3), torch.tensor([1.5, -0.5]))
 
 
-SLOT_OPS = {
+OPS = {
     "slot_attention": (slot_attention, [(2, 3, 4, 5), (2, 9, 5), (2, 9, 6), (2, 3, 9)]),
     "slot_softmax": (slot_softmax, [(2, 3, 4, 9), (2, 3, 9)]),
+    "sinkhorn_transport": (sinkhorn_transport, [(2, 5, 4), (2, 6, 4), (2, 6, 3), (2, 5), (2, 6)]),
 }
 
 
-@pytest.mark.parametrize("name", SLOT_OPS)
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_slot_ops_agree_to_the_bit_both_ways(name, dtype):
-    op, shapes = SLOT_OPS[name]
+def test_ops_agree_to_the_bit_both_ways(name, dtype):
+    op, shapes = OPS[name]
     leaves = [torch.rand(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     found = []
     for backend in (None, "cpu"):
@@ -114,9 +125,9 @@ def test_slot_ops_agree_to_the_bit_both_ways(name, dtype):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", SLOT_OPS)
-def test_who_watches_sees_the_slot_ops(name):
-    op, shapes = SLOT_OPS[name]
+@pytest.mark.parametrize("name", OPS)
+def test_who_watches_sees_the_ops(name):
+    op, shapes = OPS[name]
     leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
     with Watch() as watch:
         torch.autograd.grad(op(*leaves).sum(), leaves)
@@ -127,16 +138,16 @@ def test_who_watches_sees_the_slot_ops(name):
     assert watch.seen.count(f"objslot.{name}_backward.default") == 1
 
 
-@pytest.mark.parametrize("name", SLOT_OPS)
-def test_second_order_of_slot_ops_without_the_dispatcher(name):
-    op, shapes = SLOT_OPS[name]
+@pytest.mark.parametrize("name", OPS)
+def test_second_order_of_ops_without_the_dispatcher(name):
+    op, shapes = OPS[name]
     leaves = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradgradcheck(op, leaves)
 
 
-@pytest.mark.parametrize("name", SLOT_OPS)
-def test_the_backward_of_slot_ops_stays_where_the_forward_was(name):
-    op, shapes = SLOT_OPS[name]
+@pytest.mark.parametrize("name", OPS)
+def test_the_backward_stays_where_the_forward_was(name):
+    op, shapes = OPS[name]
     leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
     expected = torch.autograd.grad(op(*leaves).square().sum(), leaves)
     result = op(*leaves).square().sum()
@@ -144,3 +155,35 @@ def test_the_backward_of_slot_ops_stays_where_the_forward_was(name):
         found = torch.autograd.grad(result, leaves)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_who_watches_the_backward_of_potentials_alone_sees_it():
+    scores = torch.rand(2, 5, 7, requires_grad=True)
+    f, g = sinkhorn_potentials(scores)
+    expected = torch.autograd.grad(f.square().sum() + g.square().sum(), scores, retain_graph=True)[0]
+    with Watch() as watch:
+        found = torch.autograd.grad(f.square().sum() + g.square().sum(), scores)[0]
+    assert "objslot.sinkhorn_backward.default" in watch.seen
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_alignment_agrees_to_the_bit_both_ways(dtype):
+    tokens, values = torch.rand(2, 3, 5, 4, dtype=dtype), torch.rand(2, 3, 5, 6, dtype=dtype)
+    masses = torch.rand(2, 3, 5, dtype=dtype)
+    with Watch() as watch:
+        expected = alignment(tokens, values, masses)
+    assert "objslot.alignment.default" in watch.seen
+    assert torch.equal(alignment(tokens, values, masses), expected)
+    with pytest.raises(ValueError, match="masses: expected no negative entry"):
+        alignment(tokens, values, -masses)
+
+
+def test_errors_of_transport_agree_both_ways():
+    x, y, values = (torch.rand(2, size, 4, requires_grad=True) for size in (5, 6, 6))
+    for one, other in zip(
+        sinkhorn_transport(x, y, values, return_error=True),
+        sinkhorn_transport(x, y, values, return_error=True, backend="cpu"),
+        strict=True,
+    ):
+        assert torch.equal(one, other) and one.requires_grad == other.requires_grad

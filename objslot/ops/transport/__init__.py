@@ -50,7 +50,7 @@ def sinkhorn_transport(
         TypeError or ValueError naming the argument; BackendError when `backend` cannot serve the call.
     """
     a, b, start = _checked(x, y, values, a, b, start, eps, n_iters, tol, similarity)
-    moved, error = torch.ops.objslot.sinkhorn_transport(
+    moved, error = autograd.transport(
         x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend
     )
     return (moved, error) if return_error else moved
@@ -92,7 +92,7 @@ def alignment(
     tensors = (tokens, values, masses)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _alignment_by_pairs(*tensors, eps, n_iters, similarity, backend)
-    return torch.ops.objslot.alignment(*tensors, eps, n_iters, similarity, backend)
+    return autograd.alignment(*tensors, eps, n_iters, similarity, backend)
 
 
 def _alignment_by_pairs(tokens, values, masses, eps, n_iters, similarity, backend):

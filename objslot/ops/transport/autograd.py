@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from objslot.ops import _backends, _checks, _triton
+from objslot.ops import _backends, _checks, _direct, _triton
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.sinkhorn.autograd import why_not_cpu
-from objslot.ops.transport import reference
+from objslot.ops.transport import native, reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
 
@@ -44,8 +44,6 @@ def facts(
 
 def _implementation(backend: str):
     if backend == "cpu":
-        from objslot.ops.transport import native
-
         return native
     if backend == "triton":
         return _triton.kernels(__package__)
@@ -151,9 +149,58 @@ def _backward(ctx, grad, _):
         return (None,) * 12
     if torch.is_grad_enabled():
         return (*differentiable_backward(grad, *tensors, *ctx.settings), *nothing)
-    grads = torch.ops.objslot.sinkhorn_transport_backward(grad, *tensors, *ctx.settings, ctx.backend)
+    return (*_dispatched_backward(grad, tensors, ctx.settings, ctx.backend), *nothing)
+
+
+def _dispatched_backward(grad, tensors, settings, backend):
+    grads = torch.ops.objslot.sinkhorn_transport_backward(grad, *tensors, *settings, backend)
     a, b = tensors[3:5]
-    return (*grads[:3], None if a is None else grads[3], None if b is None else grads[4], *nothing)
+    return (*grads[:3], None if a is None else grads[3], None if b is None else grads[4])
+
+
+class _Direct(torch.autograd.Function):
+    """The op on tensors that need no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error):
+        tensors, settings = (x, y, values, a, b, start), (eps, n_iters, tol, similarity)
+        out, error = native.forward(*tensors, *settings, return_error)
+        ctx.save_for_backward(*tensors)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        if return_error:
+            ctx.mark_non_differentiable(error)
+        return out, error
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        tensors, nothing = ctx.saved_tensors, (None,) * 6
+        if grad is None:
+            return (None,) * 11
+        if torch.is_grad_enabled():
+            return (*differentiable_backward(grad, *tensors, *ctx.settings), *nothing)
+        if _direct.possible(grad, *tensors):
+            return (*native.backward(grad, *tensors, *ctx.settings), *nothing)
+        return (*_dispatched_backward(grad, tensors, ctx.settings, "cpu"), *nothing)
+
+
+def transport(x, y, values, a, b, start, eps, n_iters, tol, similarity, return_error, backend):
+    """The moved values and the error, by the shortest way; the error is empty or None unless asked for."""
+    tensors, settings = (x, y, values, a, b, start), (eps, n_iters, tol, similarity, return_error)
+    if backend is None and _direct.possible(*tensors):
+        _check_masses(a=a, b=b)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return _Direct.apply(*tensors, *settings)
+        return native.forward(*tensors, *settings)
+    return torch.ops.objslot.sinkhorn_transport(*tensors, *settings, backend)
+
+
+def alignment(tokens, values, masses, eps, n_iters, similarity, backend):
+    """The op, which has no gradient, by the shortest way."""
+    if backend is None and _direct.possible(tokens, values, masses):
+        _check_masses(masses=masses)
+        return native.alignment(tokens, values, masses, eps, n_iters, similarity)
+    return torch.ops.objslot.alignment(tokens, values, masses, eps, n_iters, similarity, backend)
 
 
 _library.impl("sinkhorn_transport", _transport, "CompositeExplicitAutograd")
