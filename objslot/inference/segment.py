@@ -117,7 +117,7 @@ def model_regions(
             joint = torch.take_along_dim(joint, index[..., None], dim=2)
             joint = joint.flatten(1, 2).unflatten(-1, chunk.grid).float()
             keys = F.normalize(chunk.keys[0].float(), dim=-1)
-            collected.add(joint, keys)
+            collected.add(joint, keys, None if model.figure is None else model.figure(keys))
     finally:
         model.train(was_training)
     return collected.result(torch.arange(semantics).repeat_interleave(instances))
@@ -148,8 +148,9 @@ class RegionDrawing:
         if self._objects is None:
             ground = refine(figure_evidence(self._regions, t, masks), picture).numpy() < 0
             left_over = len(masks) + 1 + self._regions.semantics.numpy().astype(np.uint8)
-            partition[ground] = left_over[partition[ground] - 1]
-            return FrameLabels(self._table[partition], partition)
+            tracks = self._table[np.where(ground, left_over[partition - 1], partition)]
+            partition[ground] = len(masks) + 1
+            return FrameLabels(tracks, partition)
         tracks, kinds = self._table[partition], self._objects.kinds
         drawn = draw_objects(
             self._objects.frame(t),
@@ -168,7 +169,7 @@ def draw_regions(
     The foreground regions are cut into objects that keep their number (`find_objects`). With `merge_foreground` figure
     and ground are told apart position by position (`figure_evidence`) and parted where the picture has its edges
     (`refine`): the figure is track 1, and what remains of each semantics a track of its own. The partition then holds
-    the instances inside the figure and, numbered after them, the semantics outside it.
+    the instances inside the figure and, numbered after them, the ground as one.
 
     What is too large for memory is kept in a temporary file in the folder `spool_in`.
     """

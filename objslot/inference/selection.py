@@ -16,7 +16,7 @@ _LEAST_MASS = 1e-4
 """Regions under this share of the video are never foreground: they own no position for certain."""
 _THRESHOLD = 0.2
 """Where foreground starts, between the typical position (0) and the most salient region (1)."""
-_FIGURE_THRESHOLD = 0.5
+FIGURE_THRESHOLD = 0.5
 """Where the one object starts, between the typical contrast to the border (0) and that of the most salient positions
 (1)."""
 
@@ -100,12 +100,14 @@ def figure_evidence(regions: VideoRegions, t: int, masks: Tensor) -> Tensor:
     """(h, w) evidence that a position of frame t, with `masks` (R, h, w), belongs to the object: above 0 it does.
 
     The mean of two opinions on how much it contrasts with the border of the video, its own and that of the regions it
-    lies in: alone, a position sees no further than its patch, and a region may hold more than the object.
+    lies in: alone, a position sees no further than its patch, and a region may hold more than the object. What a model
+    has learned of figure and ground is added.
     """
     low, high = regions.contrast_range
     own = (regions.contrast[t][0].float() - low) / (high - low)
     shared = torch.tensordot(regions.statistics.contrast, masks.float(), 1)
-    return (own + shared) / 2 - _FIGURE_THRESHOLD
+    evidence = (own + shared) / 2 - FIGURE_THRESHOLD
+    return evidence if regions.correction is None else evidence + regions.correction[t][0].float()
 
 
 def _numbered(rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from objslot.inference.refine import refine
 from objslot.inference.regions import encode_video
 from objslot.inference.segment import draw_regions, model_regions, strongest_region, to_segmentation
 from objslot.inference.selection import figure_evidence
+from objslot.models.figure import FigureHead
 
 
 def test_strongest_region_is_the_argmax_after_upsampling():
@@ -109,8 +110,27 @@ def test_one_object_is_what_the_drawing_calls_figure(model, video):
         figure = labels.tracks == 1
         assert 0 < figure.mean() < 1
         assert np.array_equal(figure, evidence.numpy() >= 0)
-        # Six instances inside the figure, three semantics outside it.
-        assert labels.partition[figure].max() <= 6 < labels.partition[~figure].min()
+        # Six instances inside the figure, one ground outside it, whose tracks are the semantics.
+        assert labels.partition[figure].max() <= 6
+        assert (labels.partition[~figure] == 7).all()
         strongest = strongest_region(masks, video.size).numpy()
         assert np.array_equal(labels.partition[figure], strongest[figure])
-        assert np.array_equal(labels.partition[~figure] - 7, (strongest[~figure] - 1) // 2)
+        semantics = (strongest[~figure] - 1) // 2
+        for n in np.unique(semantics):
+            assert len(np.unique(labels.tracks[~figure][semantics == n])) == 1
+        assert len(np.unique(labels.tracks[~figure])) == len(np.unique(semantics))
+
+
+def test_what_the_model_has_learned_of_the_figure_is_added_to_the_rule(model, video):
+    before = model_regions(model, video)
+    assert before.correction is None
+    keys = torch.cat([chunk.keys[0] for chunk in encode_video(model.encoder, video, short_side=32)])
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    model.figure = FigureHead.fit(keys.flatten(0, 1), torch.full((len(keys.flatten(0, 1)),), 0.25), centres=50)
+    after = model_regions(model, video)
+    for t in (0, 18):
+        added = figure_evidence(after, t, after.masks[t]) - figure_evidence(before, t, before.masks[t])
+        torch.testing.assert_close(added.flatten(), model.figure(keys[t]), rtol=1e-3, atol=1e-3)
+        assert 0.1 < added.mean() < 0.3
+    drawn = [to_segmentation(regions, video, merge_foreground=True).tracks for regions in (before, after)]
+    assert (drawn[1] == 1).sum() > (drawn[0] == 1).sum()
