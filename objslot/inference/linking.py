@@ -180,8 +180,11 @@ class ObjectLinker:
         awake.update(woken)
         names_here = [*held, *woken]
         if not names_here:
-            names_here = [self._begin(here, component.kind, awake)]
-            awake.update(names_here)
+            begun = self._begin(here, component.kind, awake)
+            if begun is None:
+                return
+            names_here = [begun]
+            awake.add(begun)
         if len(names_here) == 1:
             labels[component.at] = names_here[0]
             return
@@ -222,9 +225,12 @@ class ObjectLinker:
                 woken.append(k)
         return woken
 
-    def _begin(self, features: Tensor, kind: int, awake: set[int]) -> int:
+    def _begin(self, features: Tensor, kind: int, awake: set[int]) -> int | None:
+        """A new track, for which the least known of those asleep is forgotten; None where all are awake."""
         if len(self._tracks) >= _MOST_TRACKS:
-            idle = [k for k in self._tracks if k not in awake] or list(self._tracks)
+            idle = [k for k in self._tracks if k not in awake]
+            if not idle:
+                return None
             self._forget(min(idle, key=lambda k: self._tracks[k].frames))
         name, self._next = self._next, self._next + 1
         self._tracks[name] = _Track(kind, self._drawn(features, _SAMPLE))
@@ -285,6 +291,8 @@ class ObjectLinker:
             return False
         track = self._tracks[name]
         other = self._begin(second, track.kind, {int(k) for k in np.unique(labels)})
+        if other is None:
+            return False
         goes = track.sample @ middles[1] > track.sample @ middles[0]
         new = self._tracks[other]
         new.sample = torch.cat([track.sample[goes], new.sample])[:_SAMPLE]

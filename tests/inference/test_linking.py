@@ -119,3 +119,16 @@ def test_what_flickers_does_not_pile_up():
         _, kinds, features = scene([(CAT, 5 * (t % 2), (7 * t) % 26, 4, 3)], directions, generator)
         linker(kinds, features)
     assert 10 < len(linker._tracks) <= _MOST_TRACKS
+
+
+def test_more_pieces_than_tracks_leave_the_smallest_without_a_number():
+    _, generator = looks()
+    linker = ObjectLinker()
+    for _ in range(2):
+        kinds = torch.zeros(60, 60, dtype=torch.long)
+        for n in range(100):
+            kinds[6 * (n // 10) : 6 * (n // 10) + 2, 6 * (n % 10) : 6 * (n % 10) + (4 if n == 99 else 2)] = 1
+        features = F.normalize(torch.randn(60, 60, 24, generator=generator), dim=-1)
+        labels = linker(kinds, features)
+        assert len(labels.unique()) == 1 + _MOST_TRACKS
+        assert labels[54, 54] > 0
