@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from objslot.data.annotated import Sequence
 from objslot.data.masks import VOID, labels_of
@@ -153,6 +152,8 @@ def assign(
     Returns:
         For every target the row of ``quality``, and the label (None for an empty mask).
     """
+    from scipy.optimize import linear_sum_assignment
+
     n_labels = len(quality) - 1
     rows = np.array([label - 1 for label in labels] + [n_labels] * n_empty)
     chosen, targets = linear_sum_assignment(quality[rows], maximize=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,6 +108,9 @@ def _clustered(
 
     `described` (T, HW, C), of unit length, only serves the selection.
     """
+    # Twenty megabytes, which whoever asks for no baselines is spared.
+    from scipy.cluster.vq import kmeans2
+
     flat = features.flatten(0, 1)
     generator = np.random.default_rng(seed)
     sample = flat[torch.from_numpy(generator.permutation(len(flat))[:_SAMPLE])].float()

@@ -137,7 +137,7 @@ def _grid(video: Video, stride: int) -> tuple[int, int]:
 
 
 def _tokens(encoder: Encoder, video: Video, grid: tuple[int, int], stride: int) -> Iterator[Tensor]:
-    """Output tokens (h, w, D) of every frame on `grid`.
+    """Output tokens (h, w, D) of every frame on `grid`, of unit length, in half precision but where they are float64.
 
     The encoder sees the frame in as many patches as it has positions of 16 pixels, or of 8 where its patch is that
     small, and its tokens are interpolated to the grid where that is another.
@@ -152,9 +152,14 @@ def _tokens(encoder: Encoder, video: Video, grid: tuple[int, int], stride: int) 
     def flush() -> Iterator[Tensor]:
         features = encoder(torch.cat(pending)[None].to(parameter.dtype))
         pending.clear()
-        tokens = features.tokens[0].transpose(-1, -2).unflatten(-1, features.grid)
-        if features.grid != grid:
+        tokens, own_grid = features.tokens[0].transpose(-1, -2).unflatten(-1, features.grid), features.grid
+        del features
+        if own_grid != grid:
             tokens = F.interpolate(tokens, grid, mode="bilinear", align_corners=False, antialias=True)
+        # Of unit length, half precision is enough, and the frames that are remembered take half the memory.
+        tokens.div_(tokens.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        if tokens.dtype != torch.float64:
+            tokens = tokens.half()
         yield from tokens.permute(0, 2, 3, 1).contiguous()
 
     for frame in video.frames():

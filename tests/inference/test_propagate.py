@@ -92,6 +92,16 @@ def test_a_moving_square_is_followed(array_video, model, stride):
     assert seen[-1] == (30, 30)
 
 
+def test_float32_frames_are_remembered_in_half_precision_to_nearly_the_same_maps(model, video):
+    settings = PropagationSettings(stride=8, topk=5, radius=3, context=4)
+    found = propagate_masks(model.encoder.float(), video, first_mask(), settings)
+    exact = plainly(model.encoder.double(), video, first_mask(), settings, (5, 7))
+    assert (found.tracks[1:] == exact[1:]).mean() > 0.995
+    tokens = next(module._tokens(model.encoder.float(), video, (5, 7), 8))
+    assert tokens.dtype == torch.float16
+    torch.testing.assert_close(tokens.float().norm(dim=-1), torch.ones(5, 7), atol=2e-3, rtol=0)
+
+
 def test_only_the_first_and_the_last_frames_are_remembered():
     frames = torch.arange(6.0).view(6, 1, 1, 1)
     memory = module._Memory(frames[0], frames[0], 3)
