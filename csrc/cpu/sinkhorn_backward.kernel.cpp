@@ -126,8 +126,7 @@ OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient,
     for (int r = 0; r < R; ++r) value[r] = fused(broadcast(left[r * rank + k]), factor, value[r]);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-    store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value[r], m - j);
+  for (int r = 0; r < R; ++r) store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value[r], m - j);
 }
 
 // A masked column has no plan, but its scores counted when the rows were first set, with the first y.

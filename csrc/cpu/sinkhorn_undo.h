@@ -179,8 +179,7 @@ OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>)
     visit(j, [](const T* p) __attribute__((always_inline)) { return load(p); });
-  if (whole < m)
-    visit(whole, [&](const T* p) __attribute__((always_inline)) { return load_first(p, m - whole); });
+  if (whole < m) visit(whole, [&](const T* p) __attribute__((always_inline)) { return load_first(p, m - whole); });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) grad_f[r] += sum_lanes<T>(total[r]);
 }
