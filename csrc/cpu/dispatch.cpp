@@ -55,6 +55,8 @@ bool has_tiles() {
     unsigned a, b, c, d;
     constexpr unsigned tiles = (1u << 24) | (1u << 22);  // AMX-TILE, AMX-BF16
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles) return false;
+    constexpr unsigned brain_vectors = 1u << 5;  // AVX512-BF16, which all of these processors have
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & brain_vectors)) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();

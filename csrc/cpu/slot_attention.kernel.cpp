@@ -123,7 +123,7 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
 static void lane_rows(const void* slots, Element element, int64_t offset, const Layout& layout, int64_t columns,
                       float factor, float* buffer, float* rows) {
   const int64_t stride = blocks_of(columns) * block;
-  clear(rows, layout.lanes * stride);
+  if (layout.groups * layout.slots < layout.lanes || stride > columns) clear(rows, layout.lanes * stride);
   for (int64_t g = 0; g < layout.groups; ++g)
     for (int64_t i = 0; i < layout.slots; ++i) {
       const float* row = read_row<float>(slots, element, offset + (g * layout.slots + i) * columns, columns, buffer);

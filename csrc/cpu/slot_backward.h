@@ -77,8 +77,10 @@ static void prepare(const SlotAttentionProblem& p, const SlotAttentionGradient& 
                     BackwardScratch<T>& s, int64_t batch) {
   const int64_t keys = padded<T>(p.width), values = padded<T>(p.value_width);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
-  clear(s.q_rows, layout.lanes * keys);
-  clear(s.dz_rows, layout.lanes * values);
+  // What no slot writes to.
+  if (layout.groups * layout.slots < layout.lanes || keys > p.width) clear(s.q_rows, layout.lanes * keys);
+  if (layout.groups * layout.slots < layout.lanes || values > p.value_width || !r.grad_updates)
+    clear(s.dz_rows, layout.lanes * values);
   clear(s.centre, layout.lanes);
   clear(s.grad_q, layout.lanes * sums_stride<T>(p, p.width));
   clear(s.grad_bias, layout.lanes);

@@ -92,11 +92,11 @@ static bool multiply_on_tiles(const SlotAttentionProblem& p, const Layout& layou
          finish_products(s.slopes, s.live.count, lanes, 1, s.centre, true);
 }
 
-OBJSLOT_INLINE __m256i nearest_bfloat16(__m512 x) {
-  const __m512i odd = _mm512_and_si512(low_half(bits(x)), _mm512_set1_epi32(1));
-  const __m512i rounded = low_half(_mm512_add_epi32(bits(x), _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+// Two vectors to the nearest numbers of bfloat16: whoever has tiles of them has the instruction.
+OBJSLOT_INLINE __m512i nearest_bfloat16(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
 }
 
 // Writes `count` of 32 entries, at most.
@@ -117,10 +117,10 @@ OBJSLOT_INLINE void write_part(const float* from, void* out, Element element, in
   }
   uint16_t* const to = static_cast<uint16_t*>(out) + offset;
   constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const bool brain = element == Element::bfloat16;
-  const __m256i first = brain ? nearest_bfloat16(low) : _mm512_cvtps_ph(low, rounding);
-  const __m256i second = brain ? nearest_bfloat16(high) : _mm512_cvtps_ph(high, rounding);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  const __m512i both = element == Element::bfloat16
+                           ? nearest_bfloat16(low, high)
+                           : _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, rounding)),
+                                                _mm512_cvtps_ph(high, rounding), 1);
   if (streamed)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
   else

@@ -83,27 +83,22 @@ OBJSLOT_INLINE void split_nearest(__m512 x, __m512 y, uint32_t* to) {
 template <Precision P>
 static void pack_lanes_right(const float* rows, int64_t lanes, int64_t columns, uint32_t* to) {
   constexpr int parts = slot_parts<P>;
-  alignas(64) uint32_t words[parts * block_words];
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (int64_t lane = 0; lane < lanes; lane += block)
     for (int64_t d = 0; d < columns; d += block_depth, to += parts * block_words) {
-      for (int64_t i = 0; i < block; ++i) {
-        const float* const row = rows + (lane + i) * columns + d;
-        const __m512 x = _mm512_loadu_ps(row);
-        const __m512 y = d + block < columns ? _mm512_loadu_ps(row + block) : _mm512_setzero_ps();
+      __m512 place[block_depth];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const int64_t from = d + h * block;
+        for (int i = 0; i < block; ++i)
+          place[h * block + i] =
+              from < columns ? _mm512_loadu_ps(rows + (lane + i) * columns + from) : _mm512_setzero_ps();
+        transpose_block(place + h * block);
+      }
+      for (int64_t i = 0; i < block; ++i)
         if constexpr (P == Precision::exact)
-          split_nearest<parts>(_mm512_permutex2var_ps(x, even, y), _mm512_permutex2var_ps(x, odd, y),
-                               words + i * block);
+          split_nearest<parts>(place[2 * i], place[2 * i + 1], to + i * block);
         else
-          split_nearest<parts>(x, y, words + i * block);
-      }
-      for (int part = 0; part < parts; ++part) {
-        __m512 turned[block];
-        for (int i = 0; i < block; ++i) turned[i] = _mm512_load_ps(words + part * block_words + i * block);
-        transpose_block(turned);
-        for (int i = 0; i < block; ++i) _mm512_store_ps(to + part * block_words + i * block, turned[i]);
-      }
+          split_nearest<parts>(place[i], place[block + i], to + i * block);
     }
 }
 
