@@ -18,7 +18,7 @@ OBJSLOT_INLINE void clear_sums() {
 }
 
 // How many blocks of rows by blocks of columns the four sums are: two by two (of which the second row or column may be
-// missing: `part`), four by one, one by four.
+// missing), four by one, one by four.
 enum class Sums { square, tall, wide };
 
 // Sums of a product, (rows, columns) of `stride` floats.
