@@ -64,16 +64,17 @@ def learn_figure(
     chosen = videos[::step]
     each = max(_LEAST_FRAMES, frames // max(1, len(chosen)))
     keys, corrections = [], []
-    for done, video in enumerate(chosen):
+    for done, video in enumerate(chosen, 1):
         try:
             if video.n_frames > 1:
                 found = _lesson(model, video, _spread(video.n_frames, each), features or _encoder(model))
-                keys.append(found[0])
+                keys.append(found[0].half())
                 corrections.append(found[1])
         except UserError:
-            continue
+            # Training has said so already, and goes on without the video too.
+            pass
         if progress is not None:
-            progress(done + 1, len(chosen))
+            progress(done, len(chosen))
     if not keys:
         return None
     centres = min(_MOST_CENTRES, _CENTRES * len(keys))

@@ -164,7 +164,7 @@ def _run(
                 reporter.say(f"stopped after step {done}; resume it to go on")
                 interruption.leave()
         if folder and config.figure_frames:
-            model.figure = _learned_figure(config, model, dataset, views.store, reporter)
+            model.figure = _learned_figure(config, model, dataset, views.store, reporter, interruption)
             folder.save_model(model)
         if len(tally):
             reporter.say(f"{len(tally)} of {tally.total} videos could not be used")
@@ -192,7 +192,12 @@ def _stored_features(
 
 
 def _learned_figure(
-    config: TrainingConfig, model: SMTC, dataset: ClipDataset, store: FeatureStore | None, reporter: Reporter
+    config: TrainingConfig,
+    model: SMTC,
+    dataset: ClipDataset,
+    store: FeatureStore | None,
+    reporter: Reporter,
+    interruption: Interruption,
 ) -> FigureHead | None:
     videos = [video for video in dataset.videos if not isinstance(video, UserError)]
     device = next(model.parameters()).device
@@ -203,13 +208,19 @@ def _learned_figure(
             clip = store.read(video, frames[first : first + CHUNK])
             yield store.features({name: value[None].to(device) for name, value in clip.items()})
 
+    def progress(done: int, total: int) -> None:
+        reporter.progress("videos from which the figure is learned", done, total)
+        if interruption.signal is not None:
+            reporter.say("stopped while the figure was learned; resume it to go on")
+            interruption.leave()
+
     return learn_figure(
         model,
         videos,
         frames=config.figure_frames,
         features=stored if store else None,
         seed=config.seed,
-        progress=partial(reporter.progress, "videos from which the figure is learned"),
+        progress=progress,
     )
 
 

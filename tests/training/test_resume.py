@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from objslot.models import SMTC
-from objslot.training import train
+from objslot.training import loop, train
 from objslot.training.checkpoint import list_checkpoints
 
 
@@ -58,6 +58,27 @@ def test_a_run_stopped_before_the_figure_was_learned_learns_it_when_resumed(conf
         held = (out / "model.safetensors").stat().st_mtime_ns
         train(config(cache_features=cached), shared_videos, out, resume=True)
         assert (out / "model.safetensors").stat().st_mtime_ns == held
+
+
+def test_ctrl_c_while_the_figure_is_learned(config, shared_videos, tmp_path, monkeypatch):
+    learn, seen = loop.learn_figure, []
+
+    def interrupted(*arguments, progress, **options):
+        def press(done, total):
+            seen.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+            progress(done, total)
+
+        return learn(*arguments, progress=press, **options)
+
+    monkeypatch.setattr(loop, "learn_figure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), shared_videos, tmp_path / "run")
+    assert seen == [1]
+    assert SMTC.load(tmp_path / "run").figure is None
+    monkeypatch.undo()
+    train(config(), shared_videos, tmp_path / "run", resume=True)
+    assert SMTC.load(tmp_path / "run").figure is not None
 
 
 def test_no_frames_no_figure(config, shared_videos, tmp_path):
