@@ -59,6 +59,11 @@ def test_more_instances_than_in_training(model, video):
     assert found.partition.max() <= 15
 
 
+def test_the_oracle_picks_among_whole_clusters_of_colour(video):
+    cut, whole = (colour_null(video, clusters=4, merge_foreground=merge).partition for merge in (True, False))
+    assert (cut == whole).all() and len(np.unique(whole)) == 4
+
+
 def test_the_colour_null_finds_a_coloured_square(video):
     found = colour_null(video, clusters=4, merge_foreground=True)
     truth = np.zeros((19, 40, 56), bool)
