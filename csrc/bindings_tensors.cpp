@@ -90,7 +90,7 @@ py::object result(const py::tuple& sizes, int type) {
     give_back(&held.release()->managed);
     throw py::error_already_set();
   }
-  held.release();
+  static_cast<void>(held.release());
   return py::reinterpret_steal<py::object>(capsule);
 }
 

@@ -167,6 +167,8 @@ static void multiply_rows_as(const TileRows& rows, const uint32_t* right, int64_
       for (int64_t k = 0; k < depth; ++k, with += thin) {
         Blocks left{words + k % kept * step, row_parts<P> * block_words};
         if constexpr (R == Reading::direct)
+          // There are no more rows than `row` has places: a tile of positions at most.
+          // NOLINTNEXTLINE(clang-analyzer-security.ArrayBound)
           left = {reinterpret_cast<const uint32_t*>(rows.row[row]) + k * block, rows.stride * block / 4, 0,
                   rows.stride};
         else if (strip == 0 && k + 1 < depth)

@@ -69,4 +69,4 @@ class Discover(Command):
         with progress(f"{video.name}: writing") as update:
             summary = write_segmentation(video, found, folder, maps=maps, settings=settings, progress=update)
         objects, foreground = len(summary["objects"]), len(summary["foreground"])
-        say(f"{video.name}: {objects} objects, {foreground} foreground -> {folder}")
+        say(f"{video.name}: {foreground} objects, {objects - foreground} background tracks -> {folder}")

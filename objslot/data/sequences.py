@@ -53,11 +53,13 @@ def open_sequences(
     if dataset not in LAYOUTS:
         raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(LAYOUTS)}")
     root = Path(root).expanduser()
+    # Both tasks of a data set lie in the same folders, and messages are about these.
+    kept_as = dataset.removesuffix("-semi")
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected the root of {dataset}")
+        raise UserError(f"{root}: no such folder; expected the root of {kept_as}")
     layout = LAYOUTS[dataset]
     on_disk = layout.names(root)
-    names = _choose(dataset, root, layout.lists, subset, on_disk)
+    names = _choose(kept_as, root, layout.lists, subset, on_disk)
     return [layout.open(root, name) for name in names]
 
 

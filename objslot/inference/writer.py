@@ -129,7 +129,7 @@ def _write(folder, video, segmentation, maps, settings, progress) -> dict:
     third = ["semantic map"] if maps.semantic is not None else ["slots"] if "slots" in layers else []
     seen = {track["id"] for track in objects}
     foreground = [int(k) for k in segmentation.foreground if k in seen]
-    subtitle = f"{width} x {height}, {n_frames} frames, {len(objects)} objects, {len(foreground)} foreground"
+    subtitle = f"{width} x {height}, {n_frames} frames, {_counted(objects, foreground)}"
     contact_sheet(
         rows,
         columns=["image", "objects", *third],
@@ -150,6 +150,12 @@ def _write(folder, video, segmentation, maps, settings, progress) -> dict:
     (folder / "objects.json").write_text(json.dumps(summary) + "\n")
     report.write(folder / "report.html", objects, facts=[subtitle])
     return summary
+
+
+def _counted(objects: list[dict], foreground: list[int]) -> str:
+    """How many objects and tracks of the background there are, in words."""
+    number, ground = len(foreground), len(objects) - len(foreground)
+    return f"{number} object{'' if number == 1 else 's'}, {ground} background track{'' if ground == 1 else 's'}"
 
 
 def _sheet_row(frame, picture, layers) -> list[np.ndarray]:

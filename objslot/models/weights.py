@@ -111,7 +111,7 @@ def create_pretrained(name: str, arguments: dict) -> nn.Module:
 
     Raises `UserError` within seconds when neither is there.
     """
-    advice = "bring a weights file (weights=FILE), or switch pretrained off for random weights"
+    advice = "bring a weights file (--weights FILE; in Python weights=FILE, or pretrained off for random weights)"
     config = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
         raise UserError(f"encoder {name}: timm publishes no weights for it; {advice}")

@@ -180,6 +180,7 @@ def write_page(path: str | Path, template: str, data: dict) -> None:
     """Writes a template of this package with `data` as the JSON that its script reads."""
     pages = resources.files("objslot.viz").joinpath("pages")
     text = pages.joinpath(template).read_text(encoding="utf-8")
+    text = text.replace("__HEAD__\n", pages.joinpath("head.html").read_text(encoding="utf-8"))
     text = text.replace("__STYLE__", pages.joinpath("style.css").read_text(encoding="utf-8"))
     # "<" cannot end the script element from inside a string.
     code = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

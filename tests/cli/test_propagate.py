@@ -90,3 +90,10 @@ def test_the_semi_supervised_task_is_kept_apart(data, tmp_path, capsys, dataset,
     words += ["--predictions", data / "Annotations" / "480p", *others]
     assert main([str(word) for word in words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_messages_name_the_data_set_that_was_asked_for(data, tmp_path, capsys):
+    assert run(tmp_path / "nowhere", tmp_path / "out", "--encoder", ENCODER)[0] == 2
+    assert capsys.readouterr().err.rstrip().endswith("no such folder; expected the root of davis2017")
+    assert run(data, tmp_path / "out", "--encoder", ENCODER, "--sequences", "unknown")[0] == 2
+    assert "davis2017: no sequence or list 'unknown'" in capsys.readouterr().err

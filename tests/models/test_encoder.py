@@ -274,7 +274,7 @@ def test_unknown_names():
 
 
 def test_without_network_pretrained_fails_at_once_and_says_what_to_do():
-    with pytest.raises(UserError, match="weights=FILE.*pretrained off") as caught:
+    with pytest.raises(UserError, match="--weights FILE.*weights=FILE.*pretrained off") as caught:
         build_encoder(SMTCConfig().encoder)
     assert "\n" not in str(caught.value)
 

@@ -161,6 +161,20 @@ def test_maps_and_attention_are_drawn(opened):
     assert "Slot 1 of 2" in opened.run("return document.querySelector('label[for=slot]').textContent")
 
 
+def test_the_background_is_listed_apart_and_folded_away(opened):
+    listed = "return [...document.querySelectorAll(arguments[0])].map(l => l.textContent)"
+    assert opened.run(listed, "#objects label") == ["Object 10.90", "Object 20.10"]
+    assert opened.run(listed, "#background label") == ["Background 30.00"]
+    shown = "return document.querySelector('#background input').checkVisibility()"
+    assert not opened.run(shown)
+    opened.click("#ground summary")
+    assert opened.run(shown)
+    opened.click("#object-3")
+    assert not near(pixel(opened, 30, 46), pixel(opened, 2, 2).mean())
+    opened.click("#object-3")
+    opened.click("#ground summary")
+
+
 def test_a_phone_shows_the_page_without_sideways_scrolling(page, tmp_path):
     with driver.browser(tmp_path / "profile", width=500, height=900, dark=True) as phone:
         phone.open(page)
@@ -206,7 +220,9 @@ def test_the_evaluation_pages(chromium, tmp_path):
     )
     assert len(chromium.run("return document.querySelector('polyline').getAttribute('points')").split()) == 6
     cells = chromium.run("return [...document.querySelectorAll('#tables tbody tr')].map(r => r.innerText.split('\\t'))")
-    assert len(cells) == 4 and cells[0][0] == "this run" and len(cells[0]) == 8 and len(cells[3]) == 5
+    assert [row[0].split(",")[0] for row in cells] == ["A", "this run", "B", "this run", "C", "this run", "this run"]
+    assert "what the method itself calls foreground" in cells[0][0]
+    assert len(cells[1]) == 8 and len(cells[6]) == 5
     shown = chromium.run("return document.querySelector('article details').innerText")
     assert "Objects, recall and decay" in shown
     chromium.click("article summary")
