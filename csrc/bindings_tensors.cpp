@@ -85,12 +85,13 @@ py::object result(const py::tuple& sizes, int type) {
             0};
   held->managed.context = nullptr;
   held->managed.deleter = give_back;
-  PyObject* const capsule = PyCapsule_New(&held->managed, unused_capsule, forget);
+  // From here on the capsule owns it.
+  auto* const managed = &held.release()->managed;
+  PyObject* const capsule = PyCapsule_New(managed, unused_capsule, forget);
   if (!capsule) {
-    give_back(&held.release()->managed);
+    give_back(managed);
     throw py::error_already_set();
   }
-  static_cast<void>(held.release());
   return py::reinterpret_steal<py::object>(capsule);
 }
 
