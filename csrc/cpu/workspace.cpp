@@ -8,6 +8,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __unix__
+#include <pthread.h>
+#endif
 
 namespace objslot {
 
@@ -45,9 +48,19 @@ struct Results {
 };
 constexpr int64_t most_results = int64_t{128} << 20;
 
+Results& results();
+void lock_results() { results().mutex.lock(); }
+void unlock_results() { results().mutex.unlock(); }
+
 // Never destroyed: tensors may outlive every static object.
 Results& results() {
-  static Results* const all = new Results;
+  static Results* const all = [] {
+#ifdef __unix__
+    // Tensors are freed by threads of all kinds: a process forked amid that would wait for this lock for ever.
+    pthread_atfork(lock_results, unlock_results, unlock_results);
+#endif
+    return new Results;
+  }();
   return *all;
 }
 
