@@ -16,11 +16,11 @@ static double precise_square(const T* row, int64_t count) {
   return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
 
-// One over the length of a token, which counts as `shortest` where it is shorter. A NaN stays.
+// One over the length of a token, and 0 where it is shorter than `shortest`. A NaN stays.
 template <class T>
 static T inverse_length(const T* row, int64_t count, double shortest) {
   const double square = precise_square(row, count);
-  return static_cast<T>(1 / __builtin_sqrt(square < shortest * shortest ? shortest * shortest : square));
+  return square < shortest * shortest ? T(0) : static_cast<T>(1 / __builtin_sqrt(square));
 }
 
 // The largest size of a number in the row; infinity and NaN give either.

@@ -41,9 +41,8 @@ OBJSLOT_INLINE void through_unit(const TransportProblem& p, const Tokens<T>& sid
                                  T scale, T* g, void* out, bool streamed) {
   const int64_t d = p.features, whole = d / width<T> * width<T>;
   const T inverse_length = side.factor[i];
-  // A token that counts as longer than it is has a fixed divisor.
   Vec<T> share{};
-  if (p.cosine && inverse_length < static_cast<T>(1 / p.shortest)) {
+  if (p.cosine) {
     Vec<T> even{}, odd{};
     int64_t k = 0;
     for (; k + 2 * width<T> <= d; k += 2 * width<T>) {

@@ -202,8 +202,8 @@ static void make_units(const TransportProblem& p, const Tokens<T>& side, T* buff
     const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
     side.factor[i] = factor;
     for (int64_t k = 0; k < p.features; ++k) unit[k] = row[k] * factor;
-    // So small a factor has lost its digits.
-    if (sizeof(T) == 4 && factor < T(1e-30)) {
+    // So small a factor has lost its digits, unless the token counts as zero.
+    if (sizeof(T) == 4 && factor < T(1e-30) && factor != 0) {
       const double length = __builtin_sqrt(precise_square(row, p.features));
       for (int64_t k = 0; k < p.features; ++k) unit[k] = static_cast<T>(row[k] / length);
     }

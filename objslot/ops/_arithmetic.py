@@ -2,7 +2,7 @@
 
 import torch
 
-# A token shorter than this counts as this long: a zero token has cosine 0 with everything.
+# A token shorter than this counts as zero: it has cosine 0 with everything.
 SHORTEST = 1e-12
 
 

@@ -92,6 +92,22 @@ def test_zero_tokens_and_zero_masses_have_finite_gradients(backend):
         torch.testing.assert_close(value, exact, rtol=1e-8, atol=1e-10 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("short", [0.0, 1e-13])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_is_too_short_has_no_direction_and_no_gradient(backend, short, dtype):
+    # With one row the plan is given by the columns' masses: all that reaches y is rounding, which must not grow.
+    for rows in (1, 20):
+        x, y, values = tokens(2, rows, 24), tokens(2, 33, 24, seed=1), tokens(2, 33, 3, seed=2)
+        x[1, 0] = y[:, 5] = short
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, y, values)]
+        moved = sinkhorn_transport(*leaves, eps=1e-3, backend=backend)
+        gradients = torch.autograd.grad(moved, leaves, tokens(*moved.shape, seed=3).to(dtype))
+        assert all(part.isfinite().all() for part in (moved, *gradients))
+        assert gradients[1][:, 5].eq(0).all() and gradients[0][1, 0].eq(0).all()
+        assert rows == 1 or gradients[1][:, 6].ne(0).any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_start_and_a_tolerance_with_the_error_reached(backend):
     x, y, values, a, b = problem(torch.float64, 30, 26, 5, 3, batch=(3,))

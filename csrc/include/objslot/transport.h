@@ -27,7 +27,7 @@ struct TransportProblem {
   int64_t start_stride;
   int64_t batch, n, m, features, channels;
   bool cosine;      // scores are cosines, otherwise dot products
-  double shortest;  // the length that shorter tokens count as
+  double shortest;  // tokens shorter than this count as zero
   double eps;
   int64_t n_iters;
   double tol;

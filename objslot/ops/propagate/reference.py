@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from objslot.ops._arithmetic import compute_dtype
+from objslot.ops._arithmetic import SHORTEST, compute_dtype
 
 # Entries of the affinity that the bounded form holds at a time.
 BOUND = 1 << 24
-# The length below which a feature is not scaled up to 1.
-SHORTEST = 1e-12
 
 
 def within(height: int, width: int, radius: int, rows: Tensor) -> Tensor:

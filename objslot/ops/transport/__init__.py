@@ -39,7 +39,7 @@ def sinkhorn_transport(
         values: (..., m, c), same leading dimensions and dtype.
         a, b, start, eps, n_iters, tol, backend: as in `objslot.sinkhorn`; leading dimensions of a, b and start
             broadcast.
-        similarity: "cosine" (a token of length zero has cosine 0 with everything) or "dot".
+        similarity: "cosine" (a token shorter than 1e-12 has cosine 0 with everything, and no gradient) or "dot".
         return_error: return (moved values, error), where error (...) is the sum over the rows of
             |row sum of the plan - a|.
 

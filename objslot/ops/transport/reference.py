@@ -8,10 +8,11 @@ from objslot.ops.sinkhorn import reference as sinkhorn_reference
 
 
 def normalise(tokens: Tensor) -> Tensor:
-    """Tokens (..., n, d) divided by their Euclidean length."""
+    """Tokens (..., n, d) divided by their Euclidean length; zero, without a gradient, where they are too short."""
     squares = tokens.square().sum(-1, keepdim=True)
-    # clamp before the root: the derivative of the root at zero is infinite
-    return tokens / squares.clamp_min(SHORTEST**2).sqrt()
+    # Clamped before the root: the derivative of the root at zero is infinite.
+    unit = tokens / squares.clamp_min(SHORTEST**2).sqrt()
+    return torch.where(squares < SHORTEST**2, 0, unit)
 
 
 def similarity_scores(x: Tensor, y: Tensor, similarity: str) -> Tensor:

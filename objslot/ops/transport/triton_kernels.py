@@ -53,9 +53,11 @@ class _Pair:
         self.scaled = False
         if similarity == "cosine":
             self.lengths = [
-                torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(SHORTEST)
-                for t in (self.x, self.y)
+                torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.float32) for t in (self.x, self.y)
             ]
+            for lengths in self.lengths:
+                # Divided by that, and in the gradient too, a token is zero.
+                lengths.masked_fill_(lengths < SHORTEST, math.inf)
             # Half numbers are multiplied exactly; float32 ones may be too large to be.
             self.scaled = x.dtype != torch.float32
             if not self.scaled:
@@ -137,9 +139,7 @@ class _Pair:
             return found
         lengths = self.lengths[int(swapped)]
         unit = tokens / lengths if self.scaled else tokens
-        # A token that was lengthened to SHORTEST has a fixed divisor.
-        along = (found * unit).sum(-1, keepdim=True) * unit
-        return torch.where(lengths > SHORTEST, found - along, found) / lengths
+        return (found - (found * unit).sum(-1, keepdim=True) * unit) / lengths
 
 
 def _vectors(a, b, start):
