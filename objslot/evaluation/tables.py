@@ -62,7 +62,7 @@ def _unit(name: str) -> str:
 
 def percent(value: float | None) -> str:
     """A fraction in percent with one decimal; a dash for None."""
-    return "-" if value is None else f"{100 * value:.1f}"
+    return "-" if value is None else f"{100 * value:z.1f}"
 
 
 def markdown_table(results: dict) -> str:

@@ -21,6 +21,7 @@ from objslot.evaluation import (
     protocols,
     rich_tables,
 )
+from objslot.evaluation.tables import percent
 
 T, H, W = 5, 48, 64
 
@@ -220,6 +221,7 @@ def test_a_data_set_is_judged_one_sequence_at_a_time():
 
 
 def test_tables_show_percent_with_one_decimal():
+    assert (percent(None), percent(2 / 3), percent(-7e-18), percent(-0.01)) == ("-", "66.7", "0.0", "-1.0")
     results = evaluate_dataset(
         lambda sequence: VideoSegmentation("a", boxes((1, *LEFT)), (1,)),
         [ArraySequence("a", TWO), ArraySequence("b", boxes((1, 10, 5, 16, 16)))],
