@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,10 +49,6 @@ class Train(TrainingCommand):
         # Started by torchrun, one process speaks for all.
         if os.environ.get("RANK", "0") == "0":
             say(f"trained model -> {self.out}")
-        if "RANK" in os.environ:
-            # With all work done, a process of a group sometimes aborts while its libraries are taken down.
-            sys.stderr.flush()
-            os._exit(0)
 
     def _held(self) -> dict | None:
         path = self.out / "config.json"

@@ -3,9 +3,11 @@
 import torch
 
 from objslot.errors import UserError
+from objslot.models.light import compiler_on_demand
 
 try:
-    import timm  # noqa: F401
+    with compiler_on_demand():
+        import timm  # noqa: F401
 except Exception as error:  # a torchvision built for another torch fails with RuntimeError, not ImportError
     raise UserError(
         f"the encoders need timm, which does not load beside torch {torch.__version__} ({error}); install "
