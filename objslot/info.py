@@ -1,51 +1,31 @@
-"""What this installation can do: versions, devices, the compiled modules, the backends of every op.
-
-`collect(check=True)` also runs every backend that serves a small call on this machine, forward and backward,
-and compares it with the reference in float64.
-"""
+"""What this installation can do: versions, devices, the compiled modules, the backends of every op."""
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
 from importlib import import_module, metadata, util
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import objslot
 from objslot import ops
+from objslot.checks import CASES, checks, keep
 from objslot.errors import UserError
-from objslot.ops import _native
-from objslot.ops._backends import BACKENDS, explain
+from objslot.ops import _native, _proof
+from objslot.ops._backends import explain
 
 PACKAGES = ("torch", "triton", "timm", "numpy", "scipy", "av", "safetensors", "tyro", "rich", "Pillow")
-# A backend may be this many times as far from float64 as plain PyTorch in the same dtype is, plus a rounding.
-ERROR_RATIO = 2.0
-
-OPS: dict[str, Callable[[torch.Generator], tuple[tuple[Tensor, ...], dict]]] = {
-    "sinkhorn": lambda g: ((_normal(g, 2, 33, 47),), {"eps": 0.1}),
-    "sinkhorn_potentials": lambda g: ((_normal(g, 2, 33, 47),), {"eps": 0.1}),
-    "sinkhorn_transport": lambda g: (
-        (_normal(g, 2, 33, 24), _normal(g, 2, 47, 24), _normal(g, 2, 47, 5)),
-        {"eps": 0.1},
-    ),
-    "slot_softmax": lambda g: ((_normal(g, 2, 3, 4, 65), _uniform(g, 2, 3, 65)), {}),
-    "slot_attention": lambda g: (
-        (_normal(g, 2, 3, 4, 24), _normal(g, 2, 65, 24), _normal(g, 2, 65, 17), _uniform(g, 2, 3, 65)),
-        {},
-    ),
-    "assign": lambda g: ((_normal(g, 9, 4, 4),), {}),
-    "propagate": lambda g: (
-        (_normal(g, 1, 6, 7, 16), _normal(g, 1, 3, 6, 7, 16), _uniform(g, 1, 3, 6, 7, 4)),
-        {"radius": 3, "topk": 5, "temperature": 0.2},
-    ),
-}
 
 
 def collect(check: bool = False) -> dict:
-    """Everything `objslot info` prints, as plain values ready for JSON; with `check` the checks as well."""
+    """Everything `objslot info` prints, as plain values ready for JSON.
+
+    With `check` every backend is also compared with the reference in float64, and timed; GPU kernels that are right and
+    faster than plain PyTorch then serve by themselves on this device.
+    """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    results = {device: list(checks(device)) for device in devices} if check else {}
+    unwritten = [reason for device in results if device.type == "cuda" and (reason := _keep(device, results[device]))]
     information = {
         "objslot": objslot.__version__,
         "python": platform.python_version(),
@@ -54,10 +34,11 @@ def collect(check: bool = False) -> dict:
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "native": _native_module(),
         "training": training_missing() or "ready",
-        "ops": {name: {device.type: _explanation(name, device) for device in devices} for name in OPS},
+        "ops": {name: {device.type: _explanation(name, device) for device in devices} for name in CASES},
     }
     if check:
-        information["checks"] = [result for device in devices for result in checks(device)]
+        information["checks"] = [result for of_device in results.values() for result in of_device]
+        information["not_kept"] = unwritten
     return information
 
 
@@ -73,38 +54,6 @@ def training_missing() -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def checks(device: torch.device) -> Iterator[dict]:
-    """One result an op and backend on `device`: {"op", "backend", "device", "error", "allowed", "passed"}.
-
-    "error" is the largest relative error of outputs and gradients in float32 against the reference in
-    float64, "allowed" is ERROR_RATIO times that of the reference in float32. A backend that raises has
-    "failure" instead of both.
-    """
-    for name in OPS:
-        function = getattr(ops, name)
-        arguments, options = OPS[name](torch.Generator().manual_seed(0))
-        exact = _run(function, arguments, options, torch.device("cpu"), torch.float64, "reference")
-        allowed = None
-        for backend in BACKENDS:
-            result = {"op": name, "backend": backend, "device": device.type}
-            try:
-                if (
-                    explain(
-                        function, *_cast(arguments, device, torch.float32), **options, backend=backend
-                    ).chosen
-                    is None
-                ):
-                    continue
-                found = _run(function, arguments, options, device, torch.float32, backend)
-                error = max(_relative_error(one, other) for one, other in zip(found, exact, strict=True))
-            except Exception as failure:
-                yield {**result, "failure": f"{type(failure).__name__}: {failure}", "passed": False}
-                continue
-            if allowed is None:
-                allowed = ERROR_RATIO * error + torch.finfo(torch.float32).eps
-            yield {**result, "error": error, "allowed": allowed, "passed": error <= allowed}
 
 
 def as_text(information: dict) -> str:
@@ -127,50 +76,33 @@ def as_text(information: dict) -> str:
             lines += [f"  {backend:<9} {reason}" for backend, reason in explanation["reasons"].items()]
     if "checks" in information:
         lines.append("\nagainst the reference in float64")
-        for result in information["checks"]:
-            verdict = "ok  " if result["passed"] else "FAIL"
-            found = result.get("failure") or f"error {result['error']:.1e}, allowed {result['allowed']:.1e}"
-            lines.append(
-                f"  {verdict} {result['op']:<20} {result['backend']:<9} {result['device']:<5} {found}"
-            )
+        lines += [_verdict(result) for result in information["checks"]]
+        lines += information["not_kept"]
     return "\n".join(lines)
 
 
-def _normal(generator, *sizes):
-    return torch.randn(sizes, generator=generator, dtype=torch.float64)
+def _keep(device: torch.device, results: list[dict]) -> str | None:
+    """Keeps what the checks proved; None, or why that was not possible."""
+    try:
+        keep(device, results)
+    except OSError as error:
+        return f"which GPU kernels are right cannot be kept: {_proof.path()}: {error.strerror or error}"
+    return None
 
 
-def _uniform(generator, *sizes):
-    return torch.rand(sizes, generator=generator, dtype=torch.float64)
-
-
-def _cast(arguments, device, dtype):
-    return [argument.to(torch.float32).to(device, dtype) for argument in arguments]
-
-
-def _run(function, arguments, options, device, dtype, backend) -> list[Tensor]:
-    """The outputs and, where there are any, the gradients of a fixed weighted sum of the outputs."""
-    arguments = [argument.requires_grad_() for argument in _cast(arguments, device, dtype)]
-    outputs = function(*arguments, **options, backend=backend)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    generator = torch.Generator().manual_seed(1)
-    with_gradient = [output for output in outputs if output.requires_grad]
-    weights = [_uniform(generator, *output.shape).to(device, dtype) for output in with_gradient]
-    gradients = (
-        torch.autograd.grad(with_gradient, arguments, weights, allow_unused=True) if with_gradient else ()
-    )
-    return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
-
-
-def _relative_error(found: Tensor, exact: Tensor) -> float:
-    scale = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    error = ((found.detach().cpu().double() - exact.detach().double()).abs().max() / scale).item()
-    return error if error == error else float("inf")
+def _verdict(result: dict) -> str:
+    found = result.get("failure")
+    if found is None:
+        found = f"error {result['error']:.1e}, allowed {result['allowed']:.1e}"
+        if result["times"] is not None:
+            found += f", {result['times']:.3g}x as fast as plain PyTorch"
+    verdict = "ok  " if result["passed"] else "FAIL"
+    return f"  {verdict} {result['op']:<20} {result['backend']:<9} {result['device']:<5} {found}"
 
 
 def _explanation(name: str, device: torch.device) -> dict:
-    arguments, options = OPS[name](torch.Generator().manual_seed(0))
-    explanation = explain(getattr(ops, name), *_cast(arguments, device, torch.float32), **options)
+    case = CASES[name][0]
+    explanation = explain(getattr(ops, name), *case.arguments(device, torch.float32), **case.options)
     return {"chosen": explanation.chosen, "origin": explanation.origin, "reasons": explanation.reasons}
 
 

@@ -6,7 +6,8 @@ the call and otherwise the reason as a short phrase ("needs a CUDA tensor, got c
 
 The choice is made in this order: the `backend=` argument, the innermost `use_backend`, the environment
 variable OBJSLOT_BACKEND, the first row in the order of AUTOMATIC_ORDER that can serve the call. A choice by
-name never falls back.
+name never falls back. Rows of kernels that were never seen right on hardware take part in the automatic choice
+only where `objslot info --check` has proven them (see `_proof`).
 """
 
 import os
@@ -17,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from objslot.errors import BackendError
+from objslot.ops import _proof
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTOMATIC_ORDER = ("cuda", "triton", "cpu", "reference")
@@ -31,7 +33,8 @@ forced: ContextVar[str | None] = ContextVar("objslot_backend", default=None)
 def register(op: str, backend: str, why_not: WhyNot, *, automatic: bool = True) -> None:
     """Add a row to the table: `backend` serves `op` wherever `why_not(**facts)` is None.
 
-    `automatic=False` keeps a backend that was never proven on hardware out of the automatic choice.
+    `automatic=False` keeps a backend that was never proven on hardware out of the automatic choice, but for devices
+    on which the user has proven it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -58,8 +61,8 @@ def select(op: str, requested: str | None = None, **facts) -> str:
         if reason is not None:
             raise BackendError(f"{op}: backend {name!r} cannot serve this call: {reason}")
         return name
-    for backend, (why_not, automatic) in _rows[op].items():
-        if automatic and why_not(**facts) is None:
+    for backend, (why_not, _) in _rows[op].items():
+        if _automatic(op, backend, facts) and why_not(**facts) is None:
             return backend
     raise BackendError(f"{op}: no backend serves this call: {_reasons(op, facts)}")
 
@@ -112,9 +115,12 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         op = found
     requested = kwargs.pop("backend", None)
     facts = sys.modules[op.__module__].facts(*args, **kwargs)
-    # The functions of one folder may share its rows, as sinkhorn and sinkhorn_potentials do.
-    name = op.__name__ if op.__name__ in _rows else op.__module__.rpartition(".")[2]
-    return explain_facts(name, requested, **facts)
+    return explain_facts(row_of(op), requested, **facts)
+
+
+def row_of(op: Callable) -> str:
+    """The name under which a public op has its rows: functions of one folder may share them."""
+    return op.__name__ if op.__name__ in _rows else op.__module__.rpartition(".")[2]
 
 
 def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation:
@@ -127,7 +133,7 @@ def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation
     origin, name = next(((origin, name) for origin, name in sources if name), ("automatic", "auto"))
     reasons = _reasons(op, facts)
     if name == "auto":
-        usable = [backend for backend in _rows[op] if reasons[backend] is None and _rows[op][backend][1]]
+        usable = [backend for backend in _rows[op] if reasons[backend] is None and _automatic(op, backend, facts)]
         chosen = usable[0] if usable else None
     else:
         _check_name(name)
@@ -138,11 +144,17 @@ def explain_facts(op: str, requested: str | None = None, **facts) -> Explanation
             return "serves this call"
         if reason is not None:
             return reason
-        return "could serve it" if _rows[op][backend][1] else "could serve it, only when asked for by name"
+        if _automatic(op, backend, facts):
+            return "could serve it"
+        return "could serve it when asked for by name, or once `objslot info --check` finds it right and faster here"
 
     return Explanation(
         op, chosen, origin, {backend: phrase(backend, reason) for backend, reason in reasons.items()}
     )
+
+
+def _automatic(op: str, backend: str, facts: dict) -> bool:
+    return _rows[op][backend][1] or _proof.holds(op, backend, facts["device"])
 
 
 def _check_name(name: str) -> None:
