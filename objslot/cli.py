@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, Union
 
 import tyro
 
-from objslot.commands import COMMANDS
+from objslot.commands import COMMANDS, Command
 from objslot.errors import BackendError, UserError
 
 INTERRUPTED, TERMINATED, USER_ERROR, UNEXPECTED = 130, 143, 2, 1
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return UNEXPECTED
     except Exception as error:
-        return _explain(error, command.debug)
+        return _explain(error, command)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -90,13 +90,15 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"objslot: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
-def _explain(error: Exception, debug: bool) -> int:
-    if debug:
+def _explain(error: Exception, command: Command) -> int:
+    if command.debug:
         traceback.print_exception(error)
     expected = isinstance(error, UserError | BackendError | OSError)
     text = " ".join(str(error).split()) or type(error).__name__
-    if not expected:
-        hint = "" if debug else "; --debug shows where"
+    if expected:
+        text = command.in_flags(text)
+    else:
+        hint = "" if command.debug else "; --debug shows where"
         text = f"unexpected {type(error).__name__}: {text}{hint}"
     print(f"objslot: error: {text}", file=sys.stderr)
     return USER_ERROR if expected else UNEXPECTED

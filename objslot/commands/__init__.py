@@ -1,5 +1,6 @@
 """The subcommands of `objslot`: dataclasses whose fields are the flags. Heavy imports wait until one runs."""
 
+from objslot.commands._common import Command
 from objslot.commands.ablate import Ablate
 from objslot.commands.bench import Bench
 from objslot.commands.demo import Demo
@@ -19,3 +20,5 @@ COMMANDS = {
     "bench": Bench,
     "info": Info,
 }
+
+__all__ = ["COMMANDS", "Command"]

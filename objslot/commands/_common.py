@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -24,6 +25,23 @@ class Command:
     """A subcommand: its fields are its flags."""
 
     debug: Annotated[bool, option("Show a traceback when something goes wrong.")] = False
+
+    called: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Names that the library has for a field besides its own."""
+
+    def in_flags(self, message: str) -> str:
+        """A message of the library, its arguments named as the flags that they came from: `batch_size` is --batch-size.
+
+        A name of one plain word is one only where the message begins an item with it, and where its flag was given.
+        """
+        for field in dataclasses.fields(self):
+            flag, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
+            for name in (field.name, *self.called.get(field.name, ())):
+                if "_" in name:
+                    message = re.sub(rf"(?<![\w/.-]){name}(?![\w/.-])", flag, message)
+                elif value is not None and value is not False:
+                    message = re.sub(rf"(?:(?<=^)|(?<=\()|(?<=; )){name}(?=: )", flag, message)
+        return message
 
     def run(self) -> int | None:
         """Does the work; a number is the exit code."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from objslot.commands._common import Command, option
 from objslot.errors import UserError
@@ -36,6 +36,8 @@ _RUN_FIELDS = (
 @dataclasses.dataclass(kw_only=True)
 class TrainingCommand(Command):
     """A subcommand that trains: the flags that all of them have."""
+
+    called: ClassVar[dict[str, tuple[str, ...]]] = {"resolution": ("image_size", "frame size")}
 
     encoder: Annotated[str | None, option("A ViT or ResNet of timm.", "NAME", "vit_small_patch16_224.dino")] = None
     weights: Annotated[

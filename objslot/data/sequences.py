@@ -51,7 +51,7 @@ def open_sequences(
             number, name or size. The message names the folder and what was expected.
     """
     if dataset not in LAYOUTS:
-        raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(LAYOUTS)}")
+        raise UserError(f"dataset: got {dataset!r}, expected one of {', '.join(LAYOUTS)}")
     root = Path(root).expanduser()
     # Both tasks of a data set lie in the same folders, and messages are about these.
     kept_as = dataset.removesuffix("-semi")
@@ -100,7 +100,7 @@ def _choose(
     for name in names:
         if name not in on_disk:
             lists_found = f"; lists: {', '.join(known)}" if known else ""
-            raise UserError(f"{dataset}: no sequence or list {name!r} under {root}{lists_found}")
+            raise UserError(f"sequences: {dataset} has no sequence or list {name!r} under {root}{lists_found}")
     if not names:
         raise UserError(f"{root}: holds no sequence in the layout of {dataset}")
     return names

@@ -99,7 +99,7 @@ def check_protocols(protocols: Iterable[str]) -> tuple[str, ...]:
     unknown = [protocol for protocol in protocols if protocol not in PROTOCOLS]
     if unknown or not protocols:
         raise UserError(
-            f"protocols is {', '.join(protocols) or 'empty'}; expected some of {', '.join(PROTOCOLS)}"
+            f"protocols: got {', '.join(protocols) or 'none'}, expected some of {', '.join(PROTOCOLS)}"
         )
     return protocols
 

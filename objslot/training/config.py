@@ -140,7 +140,8 @@ class TrainingConfig:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device: got {self.device!r}, but no CUDA device can be used here")
         if self.model.n_other > self.frames - 1 and self.model.sampling == "other":
-            raise UserError(f"n_other: got {self.model.n_other}, expected at most frames - 1 = {self.frames - 1}")
+            others = f"the {self.model.n_other} others that a frame is compared with (n_other)"
+            raise UserError(f"frames: got {self.frames}, expected more than {others}")
         if self.cache_features and self.model.train_encoder:
             raise UserError("cache_features: features cannot be stored while the encoder is trained (train_encoder)")
         if self.recompute_encoder and not self.model.train_encoder:

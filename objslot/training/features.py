@@ -159,10 +159,10 @@ class FeatureStore:
             free = shutil.disk_usage(self.folder).free / 1e9
         except OSError as error:
             raise UserError(f"{self.folder}: features cannot be stored there ({reason(error)})") from error
-        for most, name in ((limit, "cache_limit"), (free, "free space")):
+        for most, what in ((limit, "allowed (cache_limit in Python)"), (free, "free")):
             if needed > most:
                 raise UserError(
-                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, {name} is {most:.1f} GB"
+                    f"{self.folder}: features of {frames} frames take {needed:.1f} GB, but {most:.1f} GB are {what}"
                 )
 
     def _clear_leftovers(self) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.config = config
         self._lock: IO[str] | None = None
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -53,8 +55,13 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Let another run have the folder; a run that did not start leaves nothing of its own."""
         if self._lock is not None:
+            if [entry.name for entry in self.path.iterdir()] == [_LOCK]:
+                (self.path / _LOCK).unlink()
+                with suppress(OSError):
+                    for folder in self._made:
+                        folder.rmdir()
             self._lock.close()
             self._lock = None
             _held.discard(self.path.resolve())
@@ -134,6 +141,9 @@ class RunFolder:
         try:
             # A record lock belongs to this process alone: loaders that outlive a kill do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that did not start takes its file away.
+            if os.fstat(lock.fileno()).st_nlink == 0:
+                raise OSError
         except OSError:
             lock.close()
             raise taken from None

@@ -96,4 +96,4 @@ def test_messages_name_the_data_set_that_was_asked_for(data, tmp_path, capsys):
     assert run(tmp_path / "nowhere", tmp_path / "out", "--encoder", ENCODER)[0] == 2
     assert capsys.readouterr().err.rstrip().endswith("no such folder; expected the root of davis2017")
     assert run(data, tmp_path / "out", "--encoder", ENCODER, "--sequences", "unknown")[0] == 2
-    assert "davis2017: no sequence or list 'unknown'" in capsys.readouterr().err
+    assert "--sequences: davis2017 has no sequence or list 'unknown'" in capsys.readouterr().err

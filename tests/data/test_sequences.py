@@ -78,7 +78,7 @@ def test_sequences_of_a_list_that_are_not_on_disk_are_left_out_with_a_warning(tm
     write_list(tmp_path, "480p/dev.txt", "cat")
     with pytest.raises(UserError, match="dev.txt: none of its 1 sequences is under"):
         open_sequences("davis2016", tmp_path)
-    with pytest.raises(UserError, match="davis2016: no sequence or list 'cow' .*; lists: dev"):
+    with pytest.raises(UserError, match="davis2016 has no sequence or list 'cow' .*; lists: dev"):
         open_sequences("davis2016", tmp_path, "cow")
 
 
@@ -198,7 +198,7 @@ def test_a_mask_folder_that_does_not_match_is_named(tmp_path):
 
 
 def test_data_set_and_root_are_checked(tmp_path):
-    with pytest.raises(UserError, match="dataset is 'davis'; expected one of davis2016, davis2017"):
+    with pytest.raises(UserError, match="dataset: got 'davis', expected one of davis2016, davis2017"):
         open_sequences("davis", tmp_path)
     with pytest.raises(UserError, match="nowhere: no such folder; expected the root of fbms"):
         open_sequences("fbms", tmp_path / "nowhere")

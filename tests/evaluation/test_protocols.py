@@ -154,8 +154,8 @@ def test_only_first_frame_objects_count_where_the_data_set_says_so():
     [
         (TWO[:4], "ABC", "two: masks for 4 frames, but the sequence has 5"),
         (TWO[:, :, :60], "ABC", "two: masks of 60 x 48 pixels, but its frames have 64 x 48"),
-        (TWO, "AD", "protocols is A, D; expected some of A, B, C, semi-supervised"),
-        (TWO, [], "protocols is empty"),
+        (TWO, "AD", "protocols: got A, D, expected some of A, B, C, semi-supervised"),
+        (TWO, [], "protocols: got none"),
         (TWO * 2, ["semi-supervised"], "two: holds track 4, but the sequence has 2 objects"),
     ],
 )
