@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from objslot.inference.linking import _MOST_TRACKS, ObjectLinker
+from objslot.inference.linking import ObjectLinker
+from objslot.inference.looks import MOST_TRACKS
 
 SIZE = (14, 30)
 GROUND, CAT, MAN, BALL = range(4)
@@ -113,12 +114,12 @@ def test_parts_of_two_kinds_are_one_object_where_they_always_touch():
 def test_what_flickers_does_not_pile_up():
     directions, generator = looks()
     linker = ObjectLinker()
-    for t in range(3 * _MOST_TRACKS):
+    for t in range(3 * MOST_TRACKS):
         # Never twice in one place, never twice alike.
         directions[CAT] = F.normalize(torch.randn(24, generator=generator), dim=0)
         _, kinds, features = scene([(CAT, 5 * (t % 2), (7 * t) % 26, 4, 3)], directions, generator)
         linker(kinds, features)
-    assert 10 < len(linker._tracks) <= _MOST_TRACKS
+    assert 10 < len(linker._looks) <= MOST_TRACKS
 
 
 def test_more_pieces_than_tracks_leave_the_smallest_without_a_number():
@@ -130,5 +131,5 @@ def test_more_pieces_than_tracks_leave_the_smallest_without_a_number():
             kinds[6 * (n // 10) : 6 * (n // 10) + 2, 6 * (n % 10) : 6 * (n % 10) + (4 if n == 99 else 2)] = 1
         features = F.normalize(torch.randn(60, 60, 24, generator=generator), dim=-1)
         labels = linker(kinds, features)
-        assert len(labels.unique()) == 1 + _MOST_TRACKS
+        assert len(labels.unique()) == 1 + MOST_TRACKS
         assert labels[54, 54] > 0
