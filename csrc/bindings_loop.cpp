@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "objslot/slot_loop.h"
+#include "objslot/transport.h"
 
 namespace py = pybind11;
 
@@ -10,10 +11,13 @@ namespace {
 
 using Address = std::uintptr_t;
 
+// Bytes of what is not bfloat16.
+int64_t arithmetic_bytes(objslot::Element element) { return element == objslot::Element::float64 ? 8 : 4; }
+
 // Addresses of the elements of one problem.
 struct LoopMemory {
   const objslot::SlotLoopProblem& problem;
-  int64_t bytes = objslot::bytes_of(problem.element);
+  int64_t bytes = arithmetic_bytes(problem.element);
   bool some = problem.positions > 0;
 
   char* at(const char* name, Address address, bool required = true) const {
@@ -41,34 +45,38 @@ void check_sizes(int64_t bytes, const std::array<int64_t, 7>& sizes) {
 
 void objslot::bind_slot_loop(py::module_& module) {
   py::class_<SlotLoopProblem>(module, "SlotLoopProblem")
-      .def(
-          py::init([](int type, std::array<int64_t, 7> sizes, Address x, std::array<int64_t, 2> x_strides, Address mask,
-                      int64_t mask_stride, std::array<double, 4> numbers, std::array<Address, 16> layers) {
-            const auto [batch, groups, slots, positions, width, input_width, hidden] = sizes;
-            if (batch < 0 || groups < 1 || slots < 1 || positions < 0 || width < 1 || input_width < 1 || hidden < 1)
-              throw std::invalid_argument("SlotLoopProblem: sizes out of range");
-            if (element(type) != Element::float32 && element(type) != Element::float64)
-              throw std::invalid_argument("SlotLoopProblem: expected float32 or float64");
-            const int64_t bytes = objslot::bytes_of(element(type));
-            check_sizes(bytes, sizes);
-            objslot::check_span("x", x, bytes, {{batch, x_strides[0]}, {positions, x_strides[1]}, {input_width, 1}});
-            objslot::check_span("mask", mask, bytes, {{batch, mask_stride}, {groups * positions, 1}});
-            if ((layers[8] == 0) != (layers[9] == 0))
-              throw std::invalid_argument("layers: expected the gates of both the input and the slots, or neither");
-            SlotLoopProblem p{element(type), batch,        groups,
-                              slots,         positions,    width,
-                              input_width,   hidden,       objslot::elements("x", x, bytes, batch > 0 && positions > 0),
-                              x_strides[0],  x_strides[1], objslot::elements("mask", mask, bytes, false),
-                              mask_stride,   numbers[0],   numbers[1],
-                              numbers[2],    numbers[3],   {}};
-            // Which may be missing: biases of the projections and of the gates, and the gates.
-            constexpr bool needed[16] = {true,  false, true,  false, true, true, true, true,
-                                         false, false, false, false, true, true, true, true};
-            const void** layer = reinterpret_cast<const void**>(&p.layers);
-            static_assert(sizeof(SlotLayers) == 16 * sizeof(void*));
-            for (int k = 0; k < 16; ++k) layer[k] = objslot::elements("layers", layers[k], bytes, needed[k]);
-            return p;
-          }));
+      .def(py::init([](int type, std::array<int64_t, 7> sizes, Address x, std::array<int64_t, 2> x_strides,
+                       Address mask, int64_t mask_stride, std::array<double, 4> numbers,
+                       std::array<Address, 16> layers) {
+        const auto [batch, groups, slots, positions, width, input_width, hidden] = sizes;
+        if (batch < 0 || groups < 1 || slots < 1 || positions < 0 || width < 1 || input_width < 1 || hidden < 1)
+          throw std::invalid_argument("SlotLoopProblem: sizes out of range");
+        if (element(type) == Element::float16 || (element(type) == Element::bfloat16 && !multiplies_on_tiles()))
+          throw std::invalid_argument("SlotLoopProblem: expected float32, float64, or bfloat16 where there are tiles");
+        const int64_t bytes = objslot::bytes_of(element(type));
+        check_sizes(arithmetic_bytes(element(type)), sizes);
+        objslot::check_span("x", x, bytes, {{batch, x_strides[0]}, {positions, x_strides[1]}, {input_width, 1}});
+        objslot::check_span("mask", mask, bytes, {{batch, mask_stride}, {groups * positions, 1}});
+        if ((layers[8] == 0) != (layers[9] == 0))
+          throw std::invalid_argument("layers: expected the gates of both the input and the slots, or neither");
+        SlotLoopProblem p{element(type), batch,        groups,
+                          slots,         positions,    width,
+                          input_width,   hidden,       objslot::elements("x", x, bytes, batch > 0 && positions > 0),
+                          x_strides[0],  x_strides[1], objslot::elements("mask", mask, bytes, false),
+                          mask_stride,   numbers[0],   numbers[1],
+                          numbers[2],    numbers[3],   {}};
+        // Which may be missing: biases of the projections and of the gates, and the gates.
+        constexpr bool needed[16] = {true,  false, true,  false, true, true, true, true,
+                                     false, false, false, false, true, true, true, true};
+        const void** layer = reinterpret_cast<const void**>(&p.layers);
+        static_assert(sizeof(SlotLayers) == 16 * sizeof(void*));
+        constexpr bool matrix[16] = {true, false, true,  false, false, false, false, false,
+                                     true, true,  false, false, true,  false, true,  false};
+        for (int k = 0; k < 16; ++k)
+          layer[k] =
+              objslot::elements("layers", layers[k], matrix[k] ? bytes : arithmetic_bytes(element(type)), needed[k]);
+        return p;
+      }));
   module.def(
       "slot_loop_forward",
       [](const SlotLoopProblem& p, Address initial, int64_t iterations, int64_t kept_from,
@@ -78,6 +86,8 @@ void objslot::bind_slot_loop(py::module_& module) {
         if (iterations < 1 || kept_from < 0 || kept_from > iterations ||
             static_cast<int64_t>(given.size()) < iterations - kept_from)
           throw std::invalid_argument("slot_loop_forward: iterations out of range");
+        const bool half = p.element == Element::bfloat16;
+        if (half && !given.empty()) throw std::invalid_argument("slot_loop_forward: bfloat16 keeps nothing");
         if (static_cast<int64_t>(logits.size()) != iterations)
           throw std::invalid_argument("slot_loop_forward: expected the logits of every iteration");
         const LoopMemory memory{p};
@@ -86,13 +96,14 @@ void objslot::bind_slot_loop(py::module_& module) {
         for (const auto& one : given) keep.push_back(memory.kept(one));
         std::vector<void*> targets;
         targets.reserve(logits.size());
-        for (Address one : logits) targets.push_back(memory.at("logits", one, false));
-        slot_loop_forward(
-            p,
-            {memory.at("initial", initial), iterations, kept_from, keep.data(),
-             memory.at("mean", statistics[0], memory.some), memory.at("inverse", statistics[1], memory.some), x_eps,
-             targets.data(), memory.at("slots", slots)},
-            objslot::checked_threads(threads));
+        for (Address one : logits)
+          targets.push_back(objslot::elements("logits", one, objslot::bytes_of(p.element), false));
+        slot_loop_forward(p,
+                          {memory.at("initial", initial), iterations, kept_from, keep.data(),
+                           memory.at("mean", statistics[0], memory.some && !half),
+                           memory.at("inverse", statistics[1], memory.some && !half), x_eps, targets.data(),
+                           memory.at("slots", slots)},
+                          objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
   module.def("slot_loop_packed_size", &slot_loop_packed_size);
@@ -103,6 +114,7 @@ void objslot::bind_slot_loop(py::module_& module) {
          bool add_to_x, bool finish_x, Address grad_mask, bool add_to_mask, std::array<Address, 9> matrices,
          std::array<Address, 9> sums, int threads) {
         if (p.batch == 0) return;
+        if (p.element == Element::bfloat16) throw std::invalid_argument("slot_loop_backward: not in bfloat16");
         if (grad_mask && !p.mask) throw std::invalid_argument("grad_mask: wanted without a mask");
         const bool gated = p.layers.input_gates != nullptr;
         if (sums[6] && !gated) throw std::invalid_argument("sums: wanted of gates that are not there");

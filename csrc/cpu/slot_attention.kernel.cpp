@@ -94,8 +94,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
                           ForwardScratch<T>& s, int64_t batch, int64_t begin, int64_t end) {
   const int64_t sums_width = sums_stride<T>(p, p.value_width);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
-  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.buffer,
-                     s.qt);
+  pack_transposed<T>(p.q, p.slot_element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736),
+                     s.buffer, s.qt);
   clear(s.sums, sums_rows<T>(p, layout) * sums_width);
   clear(s.mass, layout.lanes);
   for (int64_t from = begin; from < end; from += tile) {
@@ -140,7 +140,7 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
                 stride = sums_stride<float>(p, p.value_width);
   const int64_t keys = batch * p.k_stride, values = batch * p.v_stride;
   lane_constants<float>(p, layout, batch, s.buffer, s.eps, s.bias);
-  lane_rows(p.q, p.element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
+  lane_rows(p.q, p.slot_element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
   if (!sound_rows(s.rows, lanes, columns, columns)) return false;
   pack_lanes_right<P>(s.rows, lanes, columns, s.packed);
   clear(s.sums, lanes * stride);
@@ -188,7 +188,7 @@ static void write_updates(const SlotAttentionProblem& p, const SlotAttentionResu
       T* row = sums + lane * values;
       const T inverse = reciprocal_or_zero(mass[lane]);
       for (int64_t d = 0; d < values; d += width<T>) store(row + d, load(row + d) * inverse);
-      write_row<T>(row, r.updates, p.element, out * p.value_width, p.value_width);
+      write_row<T>(row, r.updates, p.slot_element, out * p.value_width, p.value_width);
       static_cast<T*>(r.mass)[out] = mass[lane];
     }
 }

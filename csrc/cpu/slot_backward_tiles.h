@@ -92,13 +92,6 @@ static bool multiply_on_tiles(const SlotAttentionProblem& p, const Layout& layou
          finish_products(s.slopes, s.live.count, lanes, 1, s.centre, true);
 }
 
-// Two vectors to the nearest numbers of bfloat16: whoever has tiles of them has the instruction.
-OBJSLOT_INLINE __m512i nearest_bfloat16(__m512 low, __m512 high) {
-  __m512i both;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
-  return both;
-}
-
 // Writes `count` of 32 entries, at most.
 OBJSLOT_INLINE void write_part(const float* from, void* out, Element element, int64_t offset, int64_t count,
                                bool streamed) {

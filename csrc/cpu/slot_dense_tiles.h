@@ -178,6 +178,58 @@ OBJSLOT_INLINE void multiply_pairs(const uint32_t* rows, int64_t next_rows, cons
   OBJSLOT_STORE(3, out + block * pair_places + block, 128);
 }
 
+// ---- weights of bfloat16 ----
+//
+// Rows are rounded to bfloat16 as well, and nothing is split. A word holds two neighbouring places, as they lie in
+// memory. Tiles keep all numbers of bfloat16 but the subnormal ones, so that no row or output is left out.
+
+OBJSLOT_INLINE int64_t half_panel_words(int64_t inner) { return place_blocks(inner) * block_words; }
+
+// Rows (rows, inner) as blocks (blocks of rows, blocks of places, 16, 16); what is not there is zero.
+static Operand<float> round_operand(const float* data, int64_t stride, int64_t rows, int64_t inner, uint32_t* words) {
+  for (int64_t j = 0; j < even_blocks(rows) * block; ++j) {
+    uint32_t* to = words + j / block * half_panel_words(inner) + j % block * block;
+    for (int64_t d = 0; d < inner; d += pair_places, to += block_words) {
+      const int64_t left = j < rows ? inner - d : 0;
+      const auto mask = static_cast<__mmask32>(left >= pair_places ? ~0u : (1u << left) - 1);
+      const float* const from = data + j * stride + d;
+      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> block), from + block);
+      _mm512_store_si512(to, nearest_bfloat16(low, high));
+    }
+  }
+  return {data, stride, rows, inner, words};
+}
+
+// One block of 16 outputs, (outputs, inner) as they lie.
+OBJSLOT_INLINE void pack_half(const uint16_t* data, int64_t stride, int64_t outputs, int64_t inner, uint32_t* to) {
+  for (int64_t d = 0; d < inner; d += pair_places, to += block_words) {
+    const int64_t left = inner - d;
+    const auto mask = static_cast<__mmask32>(left >= pair_places ? ~0u : (1u << left) - 1);
+    __m512 rows[block];
+    for (int64_t c = 0; c < block; ++c)
+      rows[c] = floats(c < outputs ? _mm512_maskz_loadu_epi16(mask, data + c * stride + d) : _mm512_setzero_si512());
+    transpose_block(rows);
+    for (int64_t i = 0; i < block; ++i) _mm512_store_ps(to + i * block, rows[i]);
+  }
+}
+
+// out (32, 32) = two blocks of rows times two of outputs, each of `places` blocks of places.
+OBJSLOT_INLINE void multiply_halves(const uint32_t* rows, const uint32_t* panel, int64_t places, Ahead& ahead,
+                                    int64_t lines, float* out) {
+  const int64_t next = places * block_words;
+  clear_sums();
+  for (int64_t d = 0; d < places; ++d, rows += block_words, panel += block_words) {
+    for (int64_t k = 0; k < lines; ++k) ahead.fetch<1>();
+    OBJSLOT_LOAD(4, rows, 64);
+    OBJSLOT_LOAD(5, rows + next, 64);
+    OBJSLOT_LOAD(6, panel, 64);
+    OBJSLOT_LOAD(7, panel + next, 64);
+    OBJSLOT_PRODUCTS_OF_PAIRS;
+  }
+  store_sums<Sums::square>(out, pair_places);
+}
+
 // The product of one row with one output, without tiles.
 static float dense_dot(const float* row, const float* weights, int64_t stride, int64_t inner) {
   float total = 0;

@@ -10,6 +10,7 @@ namespace objslot {
 
 namespace {
 
+// Bytes of what is not bfloat16.
 int64_t size_of(Element element) { return element == Element::float64 ? 8 : 4; }
 
 // Parts of one workspace, at multiples of 64 bytes.
@@ -36,9 +37,11 @@ struct Plan {
 Plan plan_rows(const SlotLoopProblem& p, bool backward) {
   const SlotRowsKernels& table = kernels<SlotRowsKernels>();
   Plan plan{};
-  const int64_t width = p.width, input = p.input_width, hidden = p.hidden, size = size_of(p.element);
+  const int64_t width = p.width, input = p.input_width, hidden = p.hidden;
   SlotRows& r = plan.rows;
-  r.element = p.element;
+  r.half = p.element == Element::bfloat16;
+  r.element = r.half ? Element::float32 : p.element;
+  const int64_t size = r.half ? 2 : size_of(p.element);
   r.rows = p.rows();
   r.width = width;
   r.input_width = input;
@@ -108,6 +111,7 @@ SlotAttentionProblem core(const SlotLoopProblem& p, const void* query, const voi
                          p.eps};
   q.row_mean = mean;
   q.row_inverse = inverse;
+  if (p.element == Element::bfloat16) q.slot_element = Element::float32;
   return q;
 }
 
@@ -134,7 +138,7 @@ void slot_loop_forward(const SlotLoopProblem& p, const SlotLoopForward& f, int t
   table.pack(p.element, plan.matrices.data(), static_cast<int64_t>(plan.matrices.size()), at(packed), plan.rows.tiles,
              threads);
   plan.rows.packed = at(packed);
-  table.statistics(p, f.x_eps, f.mean, f.inverse, threads);
+  if (f.mean) table.statistics(p, f.x_eps, f.mean, f.inverse, threads);
   const auto kept = [&](int64_t iteration) {
     return iteration >= f.kept_from && iteration < f.iterations ? &f.kept[iteration - f.kept_from] : nullptr;
   };

@@ -1,230 +1,9 @@
-// Products of rows of slots with packed weights, and layer normalisation of rows.
+// Layer normalisation of rows of slots, and their queries and updates.
 #pragma once
 
-#include "objslot/slot_loop.h"
-#include "slot_dense_tiles.h"
+#include "slot_row_products.h"
 
 namespace objslot::OBJSLOT_ISA {
-
-// Weights are packed in panels of so many vectors of outputs, one after the other: (inner, outputs of the panel).
-constexpr int panel_vectors = registers == 32 ? 3 : 2;
-template <class T>
-constexpr int64_t panel_width = panel_vectors * width<T>;
-
-constexpr int64_t inner_part = 128;
-
-// Rows are handled in chunks of this many, over which sums of rows are kept apart, and in blocks of whole chunks.
-constexpr int64_t row_chunk = 16;
-constexpr int64_t most_rows = 256, most_rows_on_tiles = 128;
-
-OBJSLOT_INLINE int64_t block_rows(const SlotRows& p, int threads) {
-  const int64_t even = (p.rows + threads - 1) / threads, most = p.tiles ? most_rows_on_tiles : most_rows;
-  const int64_t rows = (even + row_chunk - 1) / row_chunk * row_chunk;
-  return rows < most ? rows : most;
-}
-
-// Calls body(first row, rows, worker) on the blocks.
-template <class Body>
-OBJSLOT_INLINE void for_blocks(const SlotRows& p, int threads, const Body& body) {
-  const int64_t rows = p.rows, step = block_rows(p, threads);
-  parallel_for((rows + step - 1) / step, threads, [&](int64_t first, int64_t last, int worker) {
-#ifdef OBJSLOT_TILES
-    const TileRegisters tile_registers(p.tiles);
-#endif
-    for (int64_t at = first * step; at < last * step && at < rows; at += step)
-      body(at, rows - at < step ? rows - at : step, worker);
-  });
-}
-
-template <class T>
-OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t count) {
-  return count >= width<T> ? load(p) : load_first(p, count);
-}
-template <class T>
-OBJSLOT_INLINE void store_upto(T* p, Vec<T> v, int64_t count) {
-  if (count >= width<T>)
-    store(p, v);
-  else
-    store_first(p, v, count);
-}
-
-// out[row][...] = a[row] w + bias (+ out) for 4 * R rows (1 row where R is 0) and KV vectors of outputs.
-template <class T, int KV, int R>
-OBJSLOT_INLINE void multiply_block(const T* a, int64_t stride, int64_t inner, const T* w, const T* bias, T* out,
-                                   int64_t out_stride, int64_t columns, bool add) {
-  constexpr int rows = R ? 4 * R : 1;
-  Vec<T> total[rows][KV] = {};
-  const T* base[R ? R : 1];
-#pragma GCC unroll 4
-  for (int r = 0; r < (R ? R : 1); ++r) base[r] = a + 4 * r * stride;
-  const int64_t stride3 = 3 * stride;
-  for (int64_t i = 0; i < inner; ++i, w += KV * width<T>) {
-    Vec<T> weight[KV];
-#pragma GCC unroll 4
-    for (int z = 0; z < KV; ++z) weight[z] = load(w + z * width<T>);
-#pragma GCC unroll 4
-    for (int r = 0; r < (R ? R : 1); ++r) {
-      const Vec<T> a0 = broadcast(base[r][0]);
-#pragma GCC unroll 4
-      for (int z = 0; z < KV; ++z) total[4 * r][z] = fused(a0, weight[z], total[4 * r][z]);
-      if constexpr (R > 0) {
-        const Vec<T> a1 = broadcast(base[r][stride]), a2 = broadcast(base[r][2 * stride]);
-        const Vec<T> a3 = broadcast(base[r][stride3]);
-#pragma GCC unroll 4
-        for (int z = 0; z < KV; ++z) {
-          total[4 * r + 1][z] = fused(a1, weight[z], total[4 * r + 1][z]);
-          total[4 * r + 2][z] = fused(a2, weight[z], total[4 * r + 2][z]);
-          total[4 * r + 3][z] = fused(a3, weight[z], total[4 * r + 3][z]);
-        }
-      }
-      ++base[r];
-    }
-  }
-  if (columns >= KV * width<T>) {
-    if (bias)
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-        for (int z = 0; z < KV; ++z) total[r][z] += load(bias + z * width<T>);
-    if (add)
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-        for (int z = 0; z < KV; ++z) total[r][z] += load(out + r * out_stride + z * width<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int z = 0; z < KV; ++z) store(out + r * out_stride + z * width<T>, total[r][z]);
-    return;
-  }
-  for (int r = 0; r < rows; ++r)
-    for (int z = 0; z < KV; ++z) {
-      const int64_t left = columns - z * width<T>;
-      T* target = out + r * out_stride + z * width<T>;
-      Vec<T> value = total[r][z];
-      if (bias) value += load_upto(bias + z * width<T>, left);
-      if (add) value += load_upto(target, left);
-      store_upto(target, value, left);
-    }
-}
-
-template <class T, int KV>
-static void multiply_panel(const T* a, int64_t stride, int64_t rows, int64_t inner, const T* w, const T* bias, T* out,
-                           int64_t out_stride, int64_t columns, bool add) {
-  constexpr int R = registers == 32 ? 2 : 1;
-  int64_t j = 0;
-  for (; j + 4 * R <= rows; j += 4 * R)
-    multiply_block<T, KV, R>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
-  if constexpr (R > 1)
-    for (; j + 4 <= rows; j += 4)
-      multiply_block<T, KV, 1>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
-  for (; j < rows; ++j)
-    multiply_block<T, KV, 0>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
-}
-
-template <class T>
-static void multiply_plainly(const Operand<T>& a, const T* packed, int64_t outer, const T* bias, T* out,
-                             int64_t out_stride, bool add) {
-  for (int64_t c = 0; c < outer; c += panel_width<T>) {
-    const int64_t columns = outer - c < panel_width<T> ? outer - c : panel_width<T>;
-    const int64_t vectors = (columns + width<T> - 1) / width<T>;
-    // In parts whose weights stay in the first cache over all rows.
-    for (int64_t i = 0; i < a.inner; i += inner_part) {
-      const int64_t count = a.inner - i < inner_part ? a.inner - i : inner_part;
-      const T* w = packed + c * a.inner + i * vectors * width<T>;
-      const T* b = bias && i == 0 ? bias + c : nullptr;
-      const bool more = add || i > 0;
-      const T* data = a.data + i;
-      if (vectors == 1) multiply_panel<T, 1>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
-      if (vectors == 2) multiply_panel<T, 2>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
-      if constexpr (panel_vectors == 3)
-        if (vectors == 3) multiply_panel<T, 3>(data, a.stride, a.rows, count, w, b, out + c, out_stride, columns, more);
-    }
-  }
-}
-
-#ifdef OBJSLOT_TILES
-// `first`, a multiple of 32: the first of the outputs.
-static void multiply_on_tiles(const SlotRows& p, const PackedMatrix& m, const Operand<float>& a, const float* bias,
-                              float* out, int64_t out_stride, bool add, int64_t first, int64_t columns) {
-  const auto* const panels = static_cast<const uint32_t*>(p.packed) + m.place;
-  const auto* const data = static_cast<const float*>(m.data);
-  const int64_t places = place_blocks(a.inner), size = panel_words(a.inner);
-  const int64_t next_rows = places * dense_planes * block_words;
-  alignas(64) float product[pair_places * pair_places];
-  for (int64_t c = 0; c < columns; c += pair_places) {
-    const uint32_t* const panel = panels + (first + c) / block * size;
-    const int64_t width = columns - c < pair_places ? columns - c : pair_places;
-    const bool exact = panel[1] && panel[size + 1];
-    // The next two panels, in even parts.
-    Ahead ahead;
-    if (c + pair_places < columns)
-      ahead = {reinterpret_cast<const char*>(panel + 2 * size), reinterpret_cast<const char*>(panel + 4 * size)};
-    const int64_t steps = even_blocks(a.rows) / 2 * places, lines = (2 * size / 16 + steps - 1) / steps;
-    for (int64_t j = 0; j < a.rows; j += pair_places) {
-      const int64_t height = a.rows - j < pair_places ? a.rows - j : pair_places;
-      const uint32_t* const rows = a.words + j / block * next_rows;
-      if (exact)
-        multiply_pairs<true>(rows, next_rows, panel + header_words, size, places, ahead, lines, product);
-      else
-        multiply_pairs<false>(rows, next_rows, panel + header_words, size, places, ahead, lines, product);
-      const uint32_t lost = a.lost[j / block] | static_cast<uint32_t>(a.lost[j / block + 1]) << block;
-      if (lost || !panel[0] || !panel[size])
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t d = 0; d < width; ++d)
-            if (lost >> i & 1 || !panel[d / block * size])
-              product[i * pair_places + d] = dense_dot(
-                  a.data + (j + i) * a.stride, data + (first + c + d) * m.outer_stride, m.inner_stride, a.inner);
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t d = 0; d < width; d += block) {
-          const int64_t left = width - d;
-          float* const target = out + (j + i) * out_stride + c + d;
-          Vec<float> value = load(product + i * pair_places + d);
-          if (bias) value += load_upto(bias + c + d, left);
-          if (add) value += load_upto(target, left);
-          store_upto(target, value, left);
-        }
-    }
-  }
-}
-#endif
-
-// Rows as a factor; `words`: room for them on tiles.
-template <class T>
-OBJSLOT_INLINE Operand<T> operand(const SlotRows& p, const T* data, int64_t stride, int64_t rows, int64_t inner,
-                                  uint32_t* words) {
-#ifdef OBJSLOT_TILES
-  if constexpr (sizeof(T) == 4)
-    if (p.tiles) return split_operand(data, stride, rows, inner, words);
-#endif
-  (void)p, (void)words;
-  return {data, stride, rows, inner};
-}
-OBJSLOT_INLINE int64_t operand_size(const SlotRows& p, int64_t rows, int64_t inner) {
-#ifdef OBJSLOT_TILES
-  if (p.tiles) return operand_words(rows, inner);
-#endif
-  (void)p, (void)rows, (void)inner;
-  return 0;
-}
-
-// out (rows, columns) = a (rows, inner) times the outputs of a matrix from `first` on, + bias, or added to what is
-// there. `first` is a multiple of what the matrix is packed in; `bias` may be null and begins with its bias.
-template <class T>
-static void multiply(const SlotRows& p, const PackedMatrix& m, const Operand<T>& a, const T* bias, T* out,
-                     int64_t out_stride, bool add, int64_t first, int64_t columns) {
-#ifdef OBJSLOT_TILES
-  if constexpr (sizeof(T) == 4)
-    if (p.tiles) return multiply_on_tiles(p, m, a, bias, out, out_stride, add, first, columns);
-#endif
-  multiply_plainly<T>(a, static_cast<const T*>(p.packed) + m.place + first * a.inner, columns, bias, out, out_stride,
-                      add);
-}
-template <class T>
-static void multiply(const SlotRows& p, const PackedMatrix& m, const Operand<T>& a, const T* bias, T* out,
-                     int64_t out_stride, bool add) {
-  multiply<T>(p, m, a, bias, out, out_stride, add, 0, m.outer);
-}
 
 template <class T>
 struct Moments {
@@ -277,14 +56,20 @@ static void make_queries(const SlotRows& p, const T* slots, int64_t rows, T* nor
   const T* bias = static_cast<const T*>(p.layers.query_bias);
   multiply<T>(p, p.query, operand<T>(p, normed, normed_stride, rows, p.width, words), bias, query, p.input_width,
               false);
-  const T* last = static_cast<const T*>(p.layers.query) + p.input_width * p.width;
-  for (int64_t j = 0; j < rows; ++j) {
-    const T* row = normed + j * normed_stride;
-    T total = bias ? bias[p.input_width] : T(0);
+  const auto make_constants = [&](const auto* weights, const auto& number) {
+    const auto* const last = weights + p.input_width * p.width;
+    for (int64_t j = 0; j < rows; ++j) {
+      const T* row = normed + j * normed_stride;
+      T total = bias ? bias[p.input_width] : T(0);
 #pragma omp simd reduction(+ : total)
-    for (int64_t d = 0; d < p.width; ++d) total += row[d] * last[d];
-    constant[j] = total * T(p.scale);
-  }
+      for (int64_t d = 0; d < p.width; ++d) total += row[d] * number(last[d]);
+      constant[j] = total * T(p.scale);
+    }
+  };
+  if (p.half)
+    make_constants(static_cast<const uint16_t*>(p.layers.query), [](uint16_t x) { return T(from_bfloat16(x)); });
+  else
+    make_constants(static_cast<const T*>(p.layers.query), [](T x) { return x; });
 }
 
 // updates (rows, width): the averages as values; zero where a slot has no position.

@@ -7,6 +7,7 @@ namespace objslot::OBJSLOT_ISA {
 constexpr int64_t least_rows_on_tiles = 32;
 static bool tiles(Element element, int64_t rows) {
 #ifdef OBJSLOT_TILES
+  if (element == Element::bfloat16) return has_tiles();
   return element == Element::float32 && rows >= least_rows_on_tiles && has_tiles();
 #else
   return (void)element, (void)rows, false;
@@ -15,6 +16,7 @@ static bool tiles(Element element, int64_t rows) {
 
 static int64_t packed_size(Element element, int64_t outer, int64_t inner, bool tiles) {
 #ifdef OBJSLOT_TILES
+  if (element == Element::bfloat16) return even_blocks(outer) * half_panel_words(inner);
   if (tiles) return dense_words(outer, inner);
 #endif
   (void)tiles;
@@ -62,25 +64,31 @@ static void run_pack(const PackedMatrix* list, int64_t count, void* packed, int 
 }
 
 #ifdef OBJSLOT_TILES
-static void pack_on_tiles(const PackedMatrix* list, int64_t count, uint32_t* packed, int threads) {
+static void pack_panel_on_tiles(Element element, const PackedMatrix& m, int64_t panel, uint32_t* packed) {
+  const int64_t from = panel * block * m.outer_stride, outputs = m.outer - panel * block;
+  if (element == Element::bfloat16)
+    pack_half(static_cast<const uint16_t*>(m.data) + from, m.outer_stride, outputs, m.inner,
+              packed + m.place + panel * half_panel_words(m.inner));
+  else
+    pack_dense(static_cast<const float*>(m.data) + from, m.outer_stride, m.inner_stride, outputs, m.inner,
+               packed + m.place + panel * panel_words(m.inner));
+}
+
+static void pack_on_tiles(Element element, const PackedMatrix* list, int64_t count, uint32_t* packed, int threads) {
   int64_t panels = 0;
   for (int64_t k = 0; k < count; ++k) panels += even_blocks(list[k].outer);
   parallel_for(panels, threads, [&](int64_t first, int64_t last, int) {
     int64_t at = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const PackedMatrix& m = list[k];
-      for (int64_t panel = 0; panel < even_blocks(m.outer); ++panel, ++at)
-        if (at >= first && at < last)
-          pack_dense(static_cast<const float*>(m.data) + panel * block * m.outer_stride, m.outer_stride, m.inner_stride,
-                     m.outer - panel * block, m.inner, packed + m.place + panel * panel_words(m.inner));
-    }
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t panel = 0; panel < even_blocks(list[k].outer); ++panel, ++at)
+        if (at >= first && at < last) pack_panel_on_tiles(element, list[k], panel, packed);
   });
 }
 #endif
 
 static void pack(Element element, const PackedMatrix* list, int64_t count, void* packed, bool tiles, int threads) {
 #ifdef OBJSLOT_TILES
-  if (tiles) return pack_on_tiles(list, count, static_cast<uint32_t*>(packed), threads);
+  if (tiles) return pack_on_tiles(element, list, count, static_cast<uint32_t*>(packed), threads);
 #endif
   (void)tiles;
   if (element == Element::float64)

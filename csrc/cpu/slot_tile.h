@@ -279,7 +279,7 @@ static void lane_constants(const SlotAttentionProblem& p, const Layout& layout, 
   }
   for (int64_t g = 0; g < p.groups; ++g) {
     const T* row =
-        p.bias ? read_row<T>(p.bias, p.element, batch * p.bias_stride + g * p.slots, p.slots, buffer) : nullptr;
+        p.bias ? read_row<T>(p.bias, p.slot_element, batch * p.bias_stride + g * p.slots, p.slots, buffer) : nullptr;
     for (int64_t i = 0; i < p.slots; ++i) {
       eps[g * layout.step + i] = T(p.eps);
       bias[g * layout.step + i] = row ? row[i] * T(1.44269504088896340736) : T(0);

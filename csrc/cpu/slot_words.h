@@ -51,6 +51,13 @@ OBJSLOT_INLINE __m512i paired(__m512i low, __m512i x) {
   return _mm512_ternarylogic_epi32(low, x, _mm512_set1_epi32(bits_of_high), 0xf8);
 }
 
+// Two vectors to the nearest numbers of bfloat16: whoever has tiles of them has the instruction.
+OBJSLOT_INLINE __m512i nearest_bfloat16(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
+}
+
 // Words of x and y, cut: all parts together are the numbers themselves.
 template <int Parts>
 OBJSLOT_INLINE void split_cut(__m512 x, __m512 y, uint32_t* to) {

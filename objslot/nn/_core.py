@@ -9,11 +9,11 @@ from torch.nn.functional import layer_norm, linear
 from objslot.ops import _backends, _checks
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.slot_attention import slot_attention
-from objslot.ops.slot_loop import Epsilons, Layers, slot_loop
+from objslot.ops.slot_loop import Epsilons, Layers, half, slot_loop
 
 UPDATES = ("residual", "gru")
-# Half types gain by all iterations in one call, in float32, while the layers are small: beyond, PyTorch's own products
-# of bfloat16 are faster than those of float32 (timed at widths of 64 and 384).
+# Half types gain by all iterations in one call, in float32, while the layers are small: beyond, products of bfloat16
+# are faster than those of float32 (timed at widths of 64 and 384).
 WIDEST_HALF = 128
 
 
@@ -191,19 +191,40 @@ class SlotCore(nn.Module):
             slots, logits, before = (result.to(given) for result in found)
             earlier = before.unbind() if iterations > 1 else ()
             return slots, logits, [*earlier, logits.detach()] if return_iterations else []
-        slots, history = initial, []
-        apart = only_last and torch.is_grad_enabled()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not only_last):
-            for _ in range(iterations - 1):
+        kept = torch.is_grad_enabled()
+        # Iterations that nobody goes back through.
+        passing = iterations if not kept else iterations - 1 if only_last else 0
+        slots, history, done = initial, [], 0
+        with torch.set_grad_enabled(kept and not only_last):
+            if passing and self._pass_in_one_call(initial, memory, mask):
+                slots, logits, history = self._pass(initial, memory, mask, passing, return_iterations)
+                done = passing
+            for _ in range(done, iterations - 1):
                 slots, logits = self.step(slots, memory, mask, want_logits=return_iterations)
                 if return_iterations:
                     history.append(logits.detach())
-        if apart and iterations > 1:
+        if done == iterations:
+            return slots, logits, history
+        if kept and only_last and iterations > 1:
             slots = straight_through(slots, initial)
         slots, logits = self.step(slots, memory, mask, want_logits=True)
         if return_iterations:
             history.append(logits.detach())
         return slots, logits, history
+
+    def _pass_in_one_call(self, initial: Tensor, memory: Memory, mask: Tensor | None) -> bool:
+        folded = memory.values is None and self.combine is None and memory.keys is not None
+        return folded and half.serves(memory.keys, initial, mask, self._layers(memory))
+
+    def _pass(
+        self, initial: Tensor, memory: Memory, mask: Tensor | None, iterations: int, return_iterations: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As `iterate`, without gradient."""
+        slots, logits, earlier = half.forward(
+            memory.keys, initial, mask, self._layers(memory),
+            scale=self.scale, eps=self._epsilons(), iterations=iterations, return_iterations=return_iterations,
+        )  # fmt: skip
+        return slots, logits, [*earlier, logits] if return_iterations else []
 
     def _layers(self, memory: Memory) -> Layers:
         gru, mlp = self.gru, self.mlp

@@ -12,6 +12,8 @@ import pytest
 import torch
 from op_cases import OPS, make, noise
 from slot_cases import evaluate
+from test_slot_half import arguments as half_arguments
+from test_slot_half import run as half
 from test_slot_loop import call as slot_loop
 from test_slot_loop import problem as slot_loop_problem
 
@@ -32,12 +34,14 @@ OPTIONS = {
 }
 REFUSED, RETURNED = 7, 8
 # What calls kernels of its own besides the ops that users call.
-CALLS = (*OPS, "alignment", "slot_loop")
+CALLS = (*OPS, "alignment", "slot_loop", "slot_loop_half")
 
 
 def run(name, dtype):
     """An op forwards and backwards, on tensors with more than one entry in every dimension."""
-    if name == "slot_loop":
+    if name == "slot_loop_half":
+        half(*half_arguments((2, 2, 3, 9, 4, 5, 6), masked=True), iterations=2)
+    elif name == "slot_loop":
         inputs = [x.to(dtype) for x in slot_loop_problem((2, 2, 3, 9, 4, 5, 6), masked=True)]
         evaluate(slot_loop("cpu", iterations=2), inputs)
     elif name == "alignment":
@@ -124,6 +128,8 @@ def one_thread():
 def test_numbers_that_no_tensor_has_are_refused(op, dtype, monkeypatch, one_thread, request):
     if op == "slot_loop" and dtype == torch.float16:
         pytest.skip("its kernels take no half precision")
+    if op == "slot_loop_half" and (dtype != torch.float16 or not native.multiplies_on_tiles()):
+        pytest.skip("its kernels are of bfloat16 alone, on tiles")
     draw, failures, attacks = random.Random(0), [], [0]
     # A fork of a sanitized process takes a tenth of a second.
     share = 1.0 if request.config.getoption("--nightly") else 0.1 if "OBJSLOT_SANITIZED" in os.environ else 0.35

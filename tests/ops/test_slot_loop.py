@@ -50,10 +50,11 @@ def call(backend=None, **options):
     return function
 
 
-def plain(x, mask, initial, *layers, iterations=3, only_last=False):
+def plain(x, mask, initial, *layers, iterations=3, only_last=False, normalise=True):
     """The iterations as one would write them on top of `slot_attention`'s reference."""
     layers = Layers(*layers)
-    x = layer_norm(x, x.shape[-1:], eps=EPS.inputs)
+    if normalise:
+        x = layer_norm(x, x.shape[-1:], eps=EPS.inputs)
     slots, width = initial, initial.shape[-1:]
     for iteration in range(iterations):
         if only_last and iteration == iterations - 1:

@@ -28,6 +28,8 @@ struct SlotAttentionProblem {
   // Statistics of the keys (batch, positions), arithmetic type, or null: k stands for (k - mean) * inverse.
   const void* row_mean = nullptr;
   const void* row_inverse = nullptr;
+  // Of q, bias and updates, where it is not that of the keys; forward alone.
+  Element slot_element = element;
 };
 
 struct SlotAttentionResult {

@@ -1,8 +1,9 @@
 // All iterations of slot attention on normalised inputs: projections folded into the side of the slots, the core of
 // slot_attention.h, a GRU or a residual sum, and a residual MLP; forward and backward.
 //
-// Everything is float32 or float64, and contiguous where no stride is named. R = batch * groups * slots rows of
-// slots, W their width, E that of the inputs, H that of the hidden layer.
+// Everything is float32 or float64, or, forward and on tiles alone, bfloat16: x, mask, logits and the matrices of the
+// layers are, everything else is float32. Everything is contiguous where no stride is named. R = batch * groups * slots
+// rows of slots, W their width, E that of the inputs, H that of the hidden layer.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,8 @@ struct SlotLoopForward {
   int64_t iterations;
   int64_t kept_from;         // the first iteration that is kept
   const SlotLoopKept* kept;  // one for each from there on
-  void* mean;                // (batch, positions): statistics of the rows of x
+  // (batch, positions): statistics of the rows of x, to be found; null: x is normalised.
+  void* mean;
   void* inverse;
   double x_eps;
   void* const* logits;  // one (batch, groups, slots, positions) for every iteration, or null
@@ -90,6 +92,7 @@ struct SlotRows {
   SlotLayers layers;
   const void* packed;
   bool tiles;  // whether the matrices are packed for tiles
+  bool half;   // whether they are of bfloat16
   // The last six for the backward pass alone.
   PackedMatrix query, value, input_gates[3], hidden_gates[3], mlp_in, mlp_out;
   PackedMatrix query_back, value_back, input_gates_back, hidden_gates_back[2], mlp_in_back, mlp_out_back;
@@ -98,6 +101,7 @@ struct SlotRows {
 struct SlotRowsKernels {
   // Whether so many rows are multiplied on tiles.
   bool (*tiles)(Element, int64_t rows);
+  // Elements of the arithmetic type.
   int64_t (*packed_size)(Element, int64_t outer, int64_t inner, bool tiles);
   void (*pack)(Element, const PackedMatrix*, int64_t count, void* packed, bool tiles, int threads);
   // Mean and inverse deviation of the rows of x.

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from objslot.ops import _native
 
-ELEMENTS = {torch.float32: 2, torch.float64: 3}
-
 
 def forward(x, mask, initial, *rest):
     """Slots, logits, history, and what the backward pass needs, as in `autograd`."""
@@ -22,7 +20,7 @@ def forward(x, mask, initial, *rest):
     before, means = (_native.empty((kept, rows, size), x.dtype) for size in (width, x.shape[-1]))
     mass = x.new_empty((kept, rows))
     gates = _native.empty((kept if layers[8] is not None else 0, rows, 4 * width), x.dtype)
-    problem, alive = _problem(x, mask, initial, layers, scale, eps)
+    problem, alive = describe(x, mask, initial, layers, scale, eps)
     start = initial.contiguous()
     targets = [step.data_ptr() for step in history] if history.dim() > 1 else [0] * (iterations - 1)
     _native.load().slot_loop_forward(
@@ -43,7 +41,7 @@ def backward(grad_slots, grad_logits, tensors, scale, eps, saved, needs):
     input_width, hidden = x.shape[-1], layers[12].shape[0]
     gru = layers[8] is not None
     module = _native.load()
-    problem, alive = _problem(x, mask, initial, layers, scale, eps)
+    problem, alive = describe(x, mask, initial, layers, scale, eps)
     packed = _native.empty((module.slot_loop_packed_size(problem),), x.dtype)
     grad_x = _native.empty(x.shape, x.dtype) if needs[0] else None
     grad_mask = mask.new_empty(mask.shape) if needs[1] else None
@@ -116,7 +114,7 @@ class _Products:
         self.filled.add(key)
 
 
-def _problem(x, mask, initial, layers, scale, eps):
+def describe(x, mask, initial, layers, scale, eps):
     """What the kernels are called with, and the tensors whose memory it points to."""
     *_, groups, slots, width = initial.shape
     x, mask = _flat(x, 2), None if mask is None else _flat(mask, 2)
@@ -128,7 +126,7 @@ def _problem(x, mask, initial, layers, scale, eps):
     sizes = [x.shape[0], groups, slots, x.shape[1], width, x.shape[2], layers[12].shape[0]]
     softmax_eps, _, slots_eps, mlp_eps = eps
     problem = _native.load().SlotLoopProblem(
-        ELEMENTS[x.dtype], sizes, x.data_ptr(), [x.stride(0), x.stride(1)],
+        _native.ELEMENTS[x.dtype], sizes, x.data_ptr(), [x.stride(0), x.stride(1)],
         _address(mask), 0 if mask is None else mask.stride(0), [scale, softmax_eps, slots_eps, mlp_eps],
         [_address(layer) for layer in layers],
     )  # fmt: skip
