@@ -86,8 +86,6 @@ class DemoConfig:
             checkpoint_every=self.steps,
             keep=1,
             log_every=25,
-            # There are several objects, and several textures behind them: no one figure to learn.
-            figure_frames=0,
         )
 
 

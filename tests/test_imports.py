@@ -23,7 +23,7 @@ ALLOWED = {
     "evaluation": {"data", "errors", "viz"},
     "viz": {"data", "errors"},
     "inference": {"models", "nn", "ops", "data", "viz", "errors"},
-    "training": {"inference", "objectives", "models", "nn", "ops", "data", "errors"},
+    "training": {"objectives", "models", "nn", "ops", "data", "errors"},
     "checks": {"benchmarks", "ops"},
     "info": {"checks", "models", "ops", "errors"},
     "demo": {"training", "models", "data", "evaluation", "inference", "viz", "errors"},

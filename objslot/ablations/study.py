@@ -105,10 +105,7 @@ class _Study:
         say: Callable[[str], None],
     ):
         self.out, self.data_sets, self.videos, self.say = out, data_sets, videos, say
-        # What the variants differ in is their slots; a head on top would hide it.
-        self.training = dataclasses.replace(
-            training, cache_features=True, cache_dir=str(out / "features"), figure_frames=0
-        )
+        self.training = dataclasses.replace(training, cache_features=True, cache_dir=str(out / "features"))
         self._content = hashlib.sha256("\n".join(video.identity() for video in videos).encode()).hexdigest()
         self.sequences = {name: open_sequences(name, folder) for name, folder in data_sets.items()}
 

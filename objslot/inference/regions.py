@@ -51,9 +51,6 @@ class VideoRegions(NamedTuple):
     """The contrast of the video's typical position and of its most salient ones."""
     features: Sequence[Tensor] = ()
     """For each of T frames (h * w, D), half precision, of unit length."""
-    correction: Sequence[Tensor] | None = None
-    """For each of T frames (1, h, w), half precision: what the model has learned of figure and ground, to be added to
-    the evidence of the rule; None of what has learned nothing."""
 
 
 class RegionSum:
@@ -67,15 +64,13 @@ class RegionSum:
     """
 
     def __init__(self, spool_in: Path | None = None):
-        self._masks, self._features, self._contrast, self._correction = (MaskSpool(spool_in) for _ in range(4))
+        self._masks, self._features, self._contrast = (MaskSpool(spool_in) for _ in range(3))
         self._measure = BorderContrast()
         self._mass = self._feature = self._border = None
         self._positions = 0
 
-    def add(self, masks: Tensor, features: Tensor, correction: Tensor | None = None):
-        """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length, correction (T, h * w) or none."""
-        if correction is not None:
-            self._correction.append(correction.unflatten(1, masks.shape[-2:])[:, None])
+    def add(self, masks: Tensor, features: Tensor):
+        """Add T frames: masks (T, R, h, w), features (T, h * w, D) of unit length."""
         self._measure.observe(features, tuple(masks.shape[-2:]))
         self._masks.append(masks)
         self._features.append(features)
@@ -107,10 +102,7 @@ class RegionSum:
             contrast=(contrasts / mass - low) / (high - low),
         )
         statistics = RegionStatistics(*(part.float().cpu() for part in statistics))
-        correction = self._correction if len(self._correction) else None
-        return VideoRegions(
-            self._masks, statistics, semantics, self._contrast, (low, high), self._features, correction
-        )
+        return VideoRegions(self._masks, statistics, semantics, self._contrast, (low, high), self._features)
 
 
 def encode_video(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from objslot.data import Video
 from objslot.data.segmentation import MAX_TRACKS, FrameLabels, VideoSegmentation
 from objslot.errors import UserError
+from objslot.inference.figure import find_figure
 from objslot.inference.objects import FoundObjects, draw_objects, find_objects
 from objslot.inference.refine import refine
 from objslot.inference.regions import (
@@ -23,7 +24,7 @@ from objslot.inference.regions import (
     VideoRegions,
     encode_video,
 )
-from objslot.inference.selection import figure_evidence, salient_regions, select, select_figure
+from objslot.inference.selection import salient_regions, select, select_figure
 from objslot.models import SMTC
 from objslot.models.encoder import FrameFeatures
 
@@ -116,8 +117,7 @@ def model_regions(
             index = torch.stack([link(slots) for slots in maps.instance_slots[0]])
             joint = torch.take_along_dim(joint, index[..., None], dim=2)
             joint = joint.flatten(1, 2).unflatten(-1, chunk.grid).float()
-            keys = F.normalize(chunk.keys[0].float(), dim=-1)
-            collected.add(joint, keys, None if model.figure is None else model.figure(keys))
+            collected.add(joint, F.normalize(chunk.keys[0].float(), dim=-1))
     finally:
         model.train(was_training)
     return collected.result(torch.arange(semantics).repeat_interleave(instances))
@@ -134,7 +134,9 @@ class RegionDrawing:
     _regions: VideoRegions
     _table: np.ndarray
     _objects: FoundObjects | None
-    """The objects, where there may be several; where there is one, it is told from the ground position by position."""
+    """The objects, where there may be several."""
+    _figure: Sequence[Tensor] | None
+    """Where there is one object, the evidence for it, see `find_figure`."""
 
     @property
     def n_frames(self) -> int:
@@ -145,8 +147,8 @@ class RegionDrawing:
         """The index maps of frame t, which is `picture`, uint8 (H, W, 3), at the size of the video."""
         masks = self._regions.masks[t]
         partition = strongest_region(masks, self.size).numpy()
-        if self._objects is None:
-            ground = refine(figure_evidence(self._regions, t, masks), picture).numpy() < 0
+        if self._figure is not None:
+            ground = refine(self._figure[t][0], picture).numpy() < 0
             left_over = len(masks) + 1 + self._regions.semantics.numpy().astype(np.uint8)
             tracks = self._table[np.where(ground, left_over[partition - 1], partition)]
             partition[ground] = len(masks) + 1
@@ -167,20 +169,24 @@ def draw_regions(
     """Select tracks among the regions, to be drawn frame by frame at the size of the video.
 
     The foreground regions are cut into objects that keep their number (`find_objects`). With `merge_foreground` figure
-    and ground are told apart position by position (`figure_evidence`) and parted where the picture has its edges
+    and ground are told apart position by position (`find_figure`) and parted where the picture has its edges
     (`refine`): the figure is track 1, and what remains of each semantics a track of its own. The partition then holds
     the instances inside the figure and, numbered after them, the ground as one.
 
     What is too large for memory is kept in a temporary file in the folder `spool_in`.
     """
     if merge_foreground:
-        objects, selection = None, select_figure(regions.statistics, regions.semantics)
+        objects, figure = None, find_figure(regions, video, spool_in=spool_in)
+        selection = select_figure(regions.statistics, regions.semantics)
     else:
+        figure = None
         salient, foreground = salient_regions(regions.statistics)
         objects = find_objects(regions, salient, foreground, most=MAX_TRACKS, spool_in=spool_in)
         selection = select(regions.statistics, regions.semantics, objects.scores)
     table = np.concatenate([[0], selection.track.numpy()]).astype(np.uint8)
-    return RegionDrawing(video.name, selection.foreground, selection.scores, video.size, regions, table, objects)
+    return RegionDrawing(
+        video.name, selection.foreground, selection.scores, video.size, regions, table, objects, figure
+    )
 
 
 def to_segmentation(

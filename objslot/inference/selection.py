@@ -84,7 +84,7 @@ def select_figure(statistics: RegionStatistics, semantics: Tensor) -> Selection:
     """Tracks where there is one object: the figure, and what each semantics has outside it.
 
     The tracks are those of R + N labels: the R regions inside the figure, all track 1, then the N semantics outside
-    it, of which the largest remain. Which positions are figure says `figure_evidence`.
+    it, of which the largest remain. Which positions are figure says `find_figure`.
     """
     n_semantics = int(semantics.max()) + 1
     mass = torch.zeros(n_semantics).index_add_(0, semantics, statistics.mass)
@@ -100,14 +100,13 @@ def figure_evidence(regions: VideoRegions, t: int, masks: Tensor) -> Tensor:
     """(h, w) evidence that a position of frame t, with `masks` (R, h, w), belongs to the object: above 0 it does.
 
     The mean of two opinions on how much it contrasts with the border of the video, its own and that of the regions it
-    lies in: alone, a position sees no further than its patch, and a region may hold more than the object. What a model
-    has learned of figure and ground is added.
+    lies in: alone, a position sees no further than its patch, and a region may hold more than the object. Motion is
+    no part of it, see `find_figure`.
     """
     low, high = regions.contrast_range
     own = (regions.contrast[t][0].float() - low) / (high - low)
     shared = torch.tensordot(regions.statistics.contrast, masks.float(), 1)
-    evidence = (own + shared) / 2 - FIGURE_THRESHOLD
-    return evidence if regions.correction is None else evidence + regions.correction[t][0].float()
+    return (own + shared) / 2 - FIGURE_THRESHOLD
 
 
 def _numbered(rank: Tensor) -> tuple[Tensor, Tensor]:

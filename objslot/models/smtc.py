@@ -19,7 +19,6 @@ from objslot.models.branch import IterationMaps, SlotBranch, SlotMaps, random_no
 from objslot.models.config import SMTCConfig
 from objslot.models.correspondence import draw_other_frames, gather_frames, previous_frames
 from objslot.models.encoder import FrameFeatures, build_encoder
-from objslot.models.figure import FigureHead
 from objslot.nn import SemanticSlots
 
 
@@ -27,9 +26,8 @@ class SMTC(nn.Module):
     """The model: an encoder, a student that learns, and a teacher that follows it as a moving average.
 
     `grid` and `frame_size` are the positions and the pixels, (height, width), of training frames; `width` is that of
-    the slots; `figure` is what has been learned of figure and ground, or None. Call it to get the losses, `segment` to
-    get masks. Raises `UserError` for an encoder that cannot be had, or that gives no class-token attention where the
-    configuration needs it.
+    the slots. Call it to get the losses, `segment` to get masks. Raises `UserError` for an encoder that cannot be had,
+    or that gives no class-token attention where the configuration needs it.
     """
 
     def __init__(self, config: SMTCConfig):
@@ -54,7 +52,6 @@ class SMTC(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         # A frozen encoder is the same on both sides: one module, one copy in memory and on disk.
         self.teacher_encoder = copy.deepcopy(self.encoder) if config.train_encoder else None
-        self.figure: FigureHead | None = None
         self.register_buffer("teacher_updates", torch.zeros((), dtype=torch.int64))
         if self.teacher_encoder is not None:
             self.teacher_encoder.set_training(False)
@@ -296,9 +293,6 @@ class SMTC(nn.Module):
         _check_sizes(config, state, directory)
         model = cls(dataclasses.replace(config, weights=None, pretrained=False))
         model.config = config
-        centres = state.get("figure.centres")
-        if centres is not None and centres.shape[1:] == (model.encoder.width,):
-            model.figure = FigureHead(len(centres), model.encoder.width)
         files.restore(model, state, directory)
         return model
 

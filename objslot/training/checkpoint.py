@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file each, tensors and a JSON header, written whole or not at all.
 
-Loading one runs no code. What a frozen encoder holds is not in it: that is written once, with the model. Nor is what
-the model learns of figure and ground when all steps are done.
+Loading one runs no code. What a frozen encoder holds is not in it: that is written once, with the model.
 """
 
 import json
@@ -119,8 +118,10 @@ def _restore_optimizer(
 
 
 def _own_state(model: SMTC) -> dict[str, Tensor]:
-    left_out = ("figure.",) if model.config.train_encoder else ("figure.", "encoder.")
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+    state = model.state_dict()
+    if model.config.train_encoder:
+        return state
+    return {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
 
 
 def sync_folder(folder: Path) -> None:

@@ -64,7 +64,6 @@ _CHECKS = {
     "cache_limit": _number(lambda value: value > 0, "a number of gigabytes above 0"),
     "max_unreadable": _number(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     "max_nonfinite": _count(1),
-    "figure_frames": _count(0),
 }
 
 
@@ -125,8 +124,6 @@ class TrainingConfig:
     """Stop when more than this share of the videos turns out to be unreadable."""
     max_nonfinite: int = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
-    figure_frames: int = 400
-    """Frames, of all videos together, from which the trained model learns what is figure; 0: it does not."""
 
     def __post_init__(self):
         for name, (holds, expected) in _CHECKS.items():

@@ -7,7 +7,7 @@ suddenly, continues from its newest checkpoint exactly as if it had not been.
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,7 @@ import torch
 from objslot.data import Video, find_videos
 from objslot.data.clips import ClipDataset, PixelSource, load_clips
 from objslot.errors import UserError
-from objslot.inference.figure import learn_figure
-from objslot.inference.regions import CHUNK
 from objslot.models import SMTC
-from objslot.models.encoder import FrameFeatures
-from objslot.models.figure import FigureHead
 from objslot.training.checkpoint import load_checkpoint, save_checkpoint
 from objslot.training.config import TrainingConfig
 from objslot.training.distributed import World, join
@@ -91,7 +87,7 @@ def _run(
     for error in unusable:
         tally.note(str(error), error)
     reporter.say(_summary(config, model, videos, start, world))
-    if start == config.steps and (model.figure is not None or not config.figure_frames):
+    if start == config.steps:
         return out
 
     views = Views(model, config, world.device)
@@ -163,9 +159,6 @@ def _run(
             if interrupted and done < config.steps:
                 reporter.say(f"stopped after step {done}; resume it to go on")
                 interruption.leave()
-        if folder and config.figure_frames:
-            model.figure = _learned_figure(config, model, dataset, views.store, reporter, interruption)
-            folder.save_model(model)
         if len(tally):
             reporter.say(f"{len(tally)} of {tally.total} videos could not be used")
     return out
@@ -189,39 +182,6 @@ def _stored_features(
         progress=partial(reporter.progress, "frames whose features are stored"),
     )
     return store
-
-
-def _learned_figure(
-    config: TrainingConfig,
-    model: SMTC,
-    dataset: ClipDataset,
-    store: FeatureStore | None,
-    reporter: Reporter,
-    interruption: Interruption,
-) -> FigureHead | None:
-    videos = [video for video in dataset.videos if not isinstance(video, UserError)]
-    device = next(model.parameters()).device
-
-    def stored(video: Video, frames: Sequence[int]) -> Iterator[FrameFeatures]:
-        assert store is not None
-        for first in range(0, len(frames), CHUNK):
-            clip = store.read(video, frames[first : first + CHUNK])
-            yield store.features({name: value[None].to(device) for name, value in clip.items()})
-
-    def progress(done: int, total: int) -> None:
-        reporter.progress("videos from which the figure is learned", done, total)
-        if interruption.signal is not None:
-            reporter.say("stopped while the figure was learned; resume it to go on")
-            interruption.leave()
-
-    return learn_figure(
-        model,
-        videos,
-        frames=config.figure_frames,
-        features=stored if store else None,
-        seed=config.seed,
-        progress=progress,
-    )
 
 
 def _build_model(config: TrainingConfig, out: Path, *, resumed: bool) -> SMTC:

@@ -5,11 +5,10 @@ from torch.nn import functional as F
 
 from objslot.errors import UserError
 from objslot.inference import colour_null, frozen_backbone, segment_video
+from objslot.inference.figure import find_figure
 from objslot.inference.refine import refine
 from objslot.inference.regions import encode_video
 from objslot.inference.segment import draw_regions, model_regions, strongest_region, to_segmentation
-from objslot.inference.selection import figure_evidence
-from objslot.models.figure import FigureHead
 
 
 def test_strongest_region_is_the_argmax_after_upsampling():
@@ -108,9 +107,10 @@ def test_one_object_is_what_the_drawing_calls_figure(model, video):
     regions = model_regions(model, video)
     drawing = draw_regions(regions, video, merge_foreground=True)
     assert drawing.foreground == (1,)
+    found = find_figure(regions, video)
     for t in (0, 18):
         masks = regions.masks[t]
-        evidence = refine(figure_evidence(regions, t, masks), video.array[t])
+        evidence = refine(found[t][0], video.array[t])
         labels = drawing.frame(t, video.array[t])
         figure = labels.tracks == 1
         assert 0 < figure.mean() < 1
@@ -124,18 +124,3 @@ def test_one_object_is_what_the_drawing_calls_figure(model, video):
         for n in np.unique(semantics):
             assert len(np.unique(labels.tracks[~figure][semantics == n])) == 1
         assert len(np.unique(labels.tracks[~figure])) == len(np.unique(semantics))
-
-
-def test_what_the_model_has_learned_of_the_figure_is_added_to_the_rule(model, video):
-    before = model_regions(model, video)
-    assert before.correction is None
-    keys = torch.cat([chunk.keys[0] for chunk in encode_video(model.encoder, video, short_side=32)])
-    keys = torch.nn.functional.normalize(keys, dim=-1)
-    model.figure = FigureHead.fit(keys.flatten(0, 1), torch.full((len(keys.flatten(0, 1)),), 0.25), centres=50)
-    after = model_regions(model, video)
-    for t in (0, 18):
-        added = figure_evidence(after, t, after.masks[t]) - figure_evidence(before, t, before.masks[t])
-        torch.testing.assert_close(added.flatten(), model.figure(keys[t]), rtol=1e-3, atol=1e-3)
-        assert 0.1 < added.mean() < 0.3
-    drawn = [to_segmentation(regions, video, merge_foreground=True).tracks for regions in (before, after)]
-    assert (drawn[1] == 1).sum() > (drawn[0] == 1).sum()

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from objslot.models import SMTC
-from objslot.training import loop, train
+from objslot.training import train
 from objslot.training.checkpoint import list_checkpoints
 
 
@@ -42,48 +42,6 @@ def whole(shared_videos, tmp_path_factory, start):
     process = start(shared_videos, out, steps=40, num_workers=1)
     assert process.wait(100) == 0, process.stderr.read()
     return out
-
-
-def test_a_run_stopped_before_the_figure_was_learned_learns_it_when_resumed(config, shared_videos, tmp_path):
-    for name, cached in (("stored", True), ("encoded", False)):
-        out = tmp_path / name
-        train(config(cache_features=cached), shared_videos, out)
-        head = SMTC.load(out).figure
-        assert head.centres.shape == (300, 12) and head.weights.abs().max() > 0
-        state = load_file(out / "model.safetensors")
-        save_file({key: value for key, value in state.items() if "figure" not in key}, out / "model.safetensors")
-        assert SMTC.load(out).figure is None
-        train(config(cache_features=cached), shared_videos, out, resume=True)
-        torch.testing.assert_close(SMTC.load(out).figure.weights, head.weights)
-        held = (out / "model.safetensors").stat().st_mtime_ns
-        train(config(cache_features=cached), shared_videos, out, resume=True)
-        assert (out / "model.safetensors").stat().st_mtime_ns == held
-
-
-def test_ctrl_c_while_the_figure_is_learned(config, shared_videos, tmp_path, monkeypatch):
-    learn, seen = loop.learn_figure, []
-
-    def interrupted(*arguments, progress, **options):
-        def press(done, total):
-            seen.append(done)
-            os.kill(os.getpid(), signal.SIGINT)
-            progress(done, total)
-
-        return learn(*arguments, progress=press, **options)
-
-    monkeypatch.setattr(loop, "learn_figure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(), shared_videos, tmp_path / "run")
-    assert seen == [1]
-    assert SMTC.load(tmp_path / "run").figure is None
-    monkeypatch.undo()
-    train(config(), shared_videos, tmp_path / "run", resume=True)
-    assert SMTC.load(tmp_path / "run").figure is not None
-
-
-def test_no_frames_no_figure(config, shared_videos, tmp_path):
-    train(config(figure_frames=0), shared_videos, tmp_path / "run")
-    assert SMTC.load(tmp_path / "run").figure is None
 
 
 def test_killed_and_resumed_equals_uninterrupted(metrics, shared_videos, tmp_path, start, whole):
