@@ -14,7 +14,10 @@ from objslot.errors import UserError
 from objslot.ops import _native, _proof
 from objslot.ops._backends import explain
 
-PACKAGES = ("torch", "triton", "timm", "numpy", "scipy", "av", "safetensors", "tyro", "rich", "Pillow")
+PACKAGES = (
+    *("torch", "triton", "timm", "numpy", "scipy", "av", "safetensors", "tyro", "rich", "Pillow"),
+    "opencv-python-headless",
+)
 
 
 def collect(check: bool = False) -> dict:

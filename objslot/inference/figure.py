@@ -8,7 +8,7 @@ video, which keeps what holds for an appearance and forgets the chance of a fram
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ _RIDGE = 1.0
 """Weight of the penalty on the linear function, over the mean variance of a feature."""
 
 
-def find_figure(regions: VideoRegions, video: Video, *, spool_in: Path | None = None) -> Sequence[Tensor]:
+def find_figure(regions: VideoRegions, video: Video, *, spool_in: Path | None = None) -> MaskSpool:
     """For each of T frames (1, h, w), half precision: evidence that a position is figure; above 0 it is.
 
     The mean of what is taught and of what is learned from that. The video is read once; memory does not grow with its

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from objslot.inference.regions import (
     encode_video,
 )
 from objslot.inference.selection import salient_regions, select, select_figure
+from objslot.inference.spool import MaskSpool
 from objslot.models import SMTC
 from objslot.models.encoder import FrameFeatures
 
@@ -135,7 +136,7 @@ class RegionDrawing:
     _table: np.ndarray
     _objects: FoundObjects | None
     """The objects, where there may be several."""
-    _figure: Sequence[Tensor] | None
+    _figure: MaskSpool | None
     """Where there is one object, the evidence for it, see `find_figure`."""
 
     @property
