@@ -215,8 +215,8 @@ def test_the_evaluation_pages(chromium, tmp_path):
     chromium.open(tmp_path / "report.html")
     assert "a <b> sequence" in chromium.run("return document.body.innerText")
     captions = chromium.run("return [...document.querySelectorAll('figcaption')].map(f => f.textContent)")
-    assert captions[0].startswith("best: frame 0, J 100.0") and captions[1].startswith(
-        "worst: frame 2, J 33.3"
+    assert captions[0].startswith("best: frame\xa00, J\xa0100.0") and captions[1].startswith(
+        "worst: frame\xa02, J\xa033.3"
     )
     assert len(chromium.run("return document.querySelector('polyline').getAttribute('points')").split()) == 6
     cells = chromium.run("return [...document.querySelectorAll('#tables tbody tr')].map(r => r.innerText.split('\\t'))")
