@@ -54,11 +54,8 @@ OBJSLOT_INLINE void dot_twice(const T* rows, int64_t stride, const T* first, con
       odd[r] = fused(b, value, odd[r]);
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    one[r] = sum_lanes<T>(even[r]);
-    two[r] = sum_lanes<T>(odd[r]);
-  }
+  sum_lanes_of<T, R>(even, one);
+  sum_lanes_of<T, R>(odd, two);
 }
 
 // sums_w[j] += sum over r of factors_w[r] * rows[r][j], for two factors w.
@@ -185,7 +182,8 @@ static bool solve_pair(const AlignmentProblem& p, int64_t clip, int64_t first, i
     const int64_t count = n - i < pair_rows ? n - i : pair_rows;
     for (int64_t r = i; r < i + count; ++r)
       set_row(w.forth.x, r,
-              exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr, kernel + r * stride),
+              sum_lanes<T>(exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr,
+                                                      kernel + r * stride)),
               T(0.25));
     add(i, count);
   }

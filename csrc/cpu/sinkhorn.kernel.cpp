@@ -55,6 +55,9 @@ static State<T> lay_out(Arena& arena, const SinkhornProblem& p, int threads, int
 template <class T>
 constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
 
+// Rows that the place of a row of the plan is fetched ahead.
+constexpr int64_t rows_ahead = 4;
+
 // The plan of an earlier matrix that waits to be written.
 template <class T>
 struct Pending {
@@ -62,18 +65,55 @@ struct Pending {
   int64_t next = 0, end = 0;
   T* buffer = nullptr;
   OBJSLOT_INLINE_MEMBER void advance() {
-    if (next < end) rows.write(next++, buffer);
+    if (next >= end) return;
+    rows.fetch(next + rows_ahead);
+    rows.write(next++, buffer);
   }
   OBJSLOT_INLINE_MEMBER void finish() {
     while (next < end) rows.write(next++, buffer);
   }
 };
 
-// sums += x' kernel for `count` rows.
+// x = a / totals for `count` rows from `i` on, and whether a total that counts is not above the limit.
 template <class T>
-OBJSLOT_INLINE void add_block(const T* kernel, int64_t columns, const T* x, int64_t count, T* sums) {
-  if (count == sweep_rows) return add_rows<T, sweep_rows>(kernel, columns, x, columns, sums);
-  for (int64_t r = 0; r < count; ++r) add_rows<T, 1>(kernel + r * columns, columns, x + r, columns, sums);
+OBJSLOT_INLINE Bits<T> set_rows(const Matrix<T>& matrix, int64_t i, int64_t count, const T* totals, T limit, T* x) {
+  Bits<T> bad{};
+  for (int64_t r = 0; r < count; r += width<T>) {
+    const int64_t left = count - r;
+    Vec<T> mass = matrix.a ? load_upto(matrix.a + i + r, left) : broadcast(matrix.a0);
+    const Vec<T> total = load_upto(totals + r, left);
+    Vec<T> factor = mass == T(0) ? Vec<T>{} : mass / total;
+    Bits<T> lost = ~(total > limit) & ~(mass == T(0));
+    if (left < width<T>) {
+      store_first(x + i + r, factor, left);
+      lost = lost & (keep_first<T>(broadcast(T(1)), left) == T(1));
+    } else {
+      store(x + i + r, factor);
+    }
+    bad |= lost;
+  }
+  return bad;
+}
+
+template <class T>
+OBJSLOT_INLINE bool any(Bits<T> bits) {
+  bool found = false;
+  for (int lane = 0; lane < width<T>; ++lane) found |= bits[lane] != 0;
+  return found;
+}
+
+// What the rows lack of a, or have above it, with x as it was.
+template <class T>
+OBJSLOT_INLINE T missing(const Matrix<T>& matrix, int64_t i, int64_t count, const T* x, const T* totals) {
+  Vec<T> gap{};
+  for (int64_t r = 0; r < count; r += width<T>) {
+    const int64_t left = count - r;
+    const Vec<T> mass = matrix.a ? load_upto(matrix.a + i + r, left) : broadcast(matrix.a0);
+    Vec<T> difference = load_upto(x + i + r, left) * load_upto(totals + r, left) - mass;
+    difference = difference < T(0) ? -difference : difference;
+    gap += left < width<T> ? keep_first<T>(difference, left) : difference;
+  }
+  return sum_lanes<T>(gap);
 }
 
 // First iteration, rows: makes the kernel, x and the column sums of one chunk.
@@ -81,33 +121,37 @@ template <class T>
 OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chunk, T* rows, Pending<T>& pending) {
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
-  const T limit = T(matrix.m) * range_limit<T>;
+  // Without a start the largest entry of a row is 1.
+  const T limit = matrix.start ? T(matrix.m) * range_limit<T> : T(0.25);
   T* sums = s.sums + chunk * columns;
   fill(sums, columns, T(0));
-  bool lost = false;
+  Bits<T> lost{};
   for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
     const int64_t count = end - i < sweep_rows ? end - i : sweep_rows;
     T* kernel = s.kernel ? s.kernel + i * columns : rows;
+    const T* row[sweep_rows];
+    Vec<T> parts[sweep_rows] = {};
+    T shifts[sweep_rows], totals[sweep_rows];
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = matrix.row(i + r, rows + sweep_rows * columns);
-      const T shift = -largest(row, matrix.m) * matrix.scale;
-      const T mass = matrix.a_at(i + r);
-      s.offset[i + r] = shift;
+      row[r] = matrix.row(i + r, kernel + r * columns);
+      parts[r] = largest_lanes(row[r], matrix.m);
+    }
+    largest_lanes_of<T, sweep_rows>(parts, shifts);
+    for (int64_t r = 0; r < count; ++r) {
+      const T shift = -shifts[r] * matrix.scale;
       T* target = kernel + r * columns;
-      T total;
-      if (matrix.start) {
-        total = exponentiate_row<T, true>(row, matrix.scale, shift, matrix.m, s.y, target);
-        lost |= !(total > limit) && mass != T(0);
-      } else {
-        total = exponentiate_row<T, false>(row, matrix.scale, shift, matrix.m, nullptr, target);
-        lost |= !(total >= T(0.5));
-      }
-      s.x[i + r] = mass == T(0) ? T(0) : mass / total;
+      s.offset[i + r] = shift;
+      if (matrix.start)
+        parts[r] = exponentiate_row<T, true>(row[r], matrix.scale, shift, matrix.m, s.y, target);
+      else
+        parts[r] = exponentiate_row<T, false>(row[r], matrix.scale, shift, matrix.m, nullptr, target);
       pending.advance();
     }
-    add_block(kernel, columns, s.x + i, count, sums);
+    sum_lanes_of<T, sweep_rows>(parts, totals);
+    lost |= set_rows(matrix, i, count, totals, limit, s.x);
+    add_block(kernel, columns, count, s.x + i, columns, sums, NoPrefetch{});
   }
-  s.lost[chunk] = lost;
+  s.lost[chunk] = any<T>(lost);
 }
 
 // Further iterations: one sweep serves the rows and the columns. Also the error of the iteration before.
@@ -117,31 +161,33 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
   const int64_t end = end_of_chunk(matrix, chunk);
   T* sums = s.sums + chunk * columns;
   fill(sums, columns, T(0));
-  bool lost = false;
+  Bits<T> lost{};
   T gap = 0;
-  for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
+  T totals[2][sweep_rows];
+  const auto visit = [&](int64_t i, T* found) __attribute__((always_inline)) {
+    const int64_t count = end - i < sweep_rows ? end - i : sweep_rows;
+    if (s.kernel) return dot_block(s.kernel + i * columns, columns, count, s.y, columns, found, ahead);
+    Vec<T> parts[sweep_rows] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      T* target = rows + r * columns;
+      parts[r] = exponentiate_row<T, true>(matrix.row(i + r, target), matrix.scale, s.offset[i + r], matrix.m, s.y,
+                                           target);
+    }
+    sum_lanes_of<T, sweep_rows>(parts, found);
+  };
+  int turn = 0;
+  if (s.kernel) visit(chunk * chunk_rows, totals[0]);
+  for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows, turn ^= 1) {
     const int64_t count = end - i < sweep_rows ? end - i : sweep_rows;
     const T* kernel = s.kernel ? s.kernel + i * columns : rows;
-    T totals[sweep_rows];
-    if (!s.kernel)
-      for (int64_t r = 0; r < count; ++r)
-        totals[r] = exponentiate_row<T, true>(matrix.row(i + r, rows + sweep_rows * columns), matrix.scale,
-                                              s.offset[i + r], matrix.m, s.y, rows + r * columns);
-    else if (count == sweep_rows)
-      dot_rows<T, sweep_rows>(kernel, columns, s.y, columns, totals);
-    else
-      for (int64_t r = 0; r < count; ++r) dot_rows<T, 1>(kernel + r * columns, columns, s.y, columns, totals + r);
-    for (int64_t r = 0; r < count; ++r) {
-      const T mass = matrix.a_at(i + r);
-      lost |= !(totals[r] > limit) && mass != T(0);
-      const T missing = s.x[i + r] * totals[r] - mass;
-      gap += missing < T(0) ? -missing : missing;
-      s.next_x[i + r] = mass == T(0) ? T(0) : mass / totals[r];
-    }
-    add_block(kernel, columns, s.next_x + i, count, sums);
-    ahead.advance();
+    if (!s.kernel) visit(i, totals[turn]);
+    lost |= set_rows(matrix, i, count, totals[turn], limit, s.next_x);
+    gap += missing(matrix, i, count, s.x, totals[turn]);
+    // Before the quotients are needed, which take their time.
+    if (s.kernel && i + sweep_rows < end) visit(i + sweep_rows, totals[turn ^ 1]);
+    add_block(kernel, columns, count, s.next_x + i, columns, sums, ahead);
   }
-  s.lost[chunk] = lost;
+  s.lost[chunk] = any<T>(lost);
   s.gaps[chunk] = gap;
 }
 
@@ -162,8 +208,7 @@ OBJSLOT_INLINE bool set_columns(const Matrix<T>& matrix, State<T>& s, const T* x
     bad |= ~(sum > limit) & ~none;
     store(s.y + j, none ? Vec<T>{} : mass / sum);
   }
-  bool lost = false;
-  for (int lane = 0; lane < width<T>; ++lane) lost |= bad[lane] != 0;
+  bool lost = any<T>(bad);
   s.bad[team.worker] = lost;
   // Before the team goes on to the next sweep, which writes them.
   for (int64_t c = 0; c < chunks; ++c) lost |= s.lost[c] != 0;
@@ -349,7 +394,7 @@ static Prefetch fetch_next(const SinkhornProblem& p, int64_t index) {
   if (p.n * padded<T>(p.m) * size > prefetch_bytes || p.element == Element::float16 || p.element == Element::bfloat16)
     return ahead;
   return Prefetch::of(static_cast<const char*>(p.scores) + (index + 1) * p.batch_stride * size,
-                      ((p.n - 1) * p.row_stride + p.m) * size, p.n_iters - 1, (p.n + sweep_rows - 1) / sweep_rows);
+                      ((p.n - 1) * p.row_stride + p.m) * size, sweeps_ahead(p.n_iters - 1) * vectors_of_sweep<T>(p));
 }
 
 template <class T>

@@ -12,11 +12,11 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-// What iteration t needs before its sweep: 1 / a, and q and s' of the columns.
+// What iteration t needs before its sweep: q and s' of the columns.
 template <class T>
 static void prepare(const Gradients<T>& g, Work<T>& w, int64_t t) {
   const Matrix<T>& matrix = g.matrix;
-  const int64_t n = matrix.n, m = matrix.m, columns = matrix.columns;
+  const int64_t m = matrix.m, columns = matrix.columns;
   T* q = w.right + 2 * t * columns;
   T* earlier = q + columns;
   const T *now = g.y(t), *last = g.y(g.count - 1), *before = t ? g.y(t - 1) : w.first;
@@ -32,52 +32,45 @@ static void prepare(const Gradients<T>& g, Work<T>& w, int64_t t) {
     store(q + j, none_where<T>(masked, share * (load_upto(now + j, left) / end)));
     store(earlier + j, none_where<T>(masked, start / end));
   }
-  const T *x_now = g.x(t), *x_last = g.x(g.count - 1);
-  const int64_t rank = 2 * g.count;
-  for (int64_t i = 0; i < n; i += width<T>) {
-    const int64_t left = n - i < width<T> ? n - i : width<T>;
-    const Vec<T> end = load_upto(x_last + i, left);
-    const Vec<T> mass = matrix.a ? load_upto(matrix.a + i, left) : broadcast(matrix.a0);
-    T moved[width<T>], inverse[width<T>];
-    store(moved, none_where<T>(end == T(0), load_upto(x_now + i, left) / end));
-    store(inverse, none_where<T>(end == T(0), T(1) / mass));
-    for (int64_t lane = 0; lane < left; ++lane) {
-      w.left[(i + lane) * rank + 2 * t] = moved[lane];
-      w.inverse[i + lane] = inverse[lane];
-    }
-  }
 }
 
-// Rows of iteration t: from the products with q to p.
+// `rows` rows of iteration t, from the first of a group on: from the products of a whole group with q to r and p. The
+// address of p.
 template <class T>
-OBJSLOT_INLINE void undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows, const T* products,
-                              T* factors) {
-  const int64_t rank = 2 * g.count;
-  for (int64_t r = 0; r < rows; ++r) {
-    T* left = w.left + (i + r) * rank + 2 * t;
-    const T gradient = (t == g.count - 1 ? w.grad_f[i + r] : T(0)) - left[0] * products[r];
-    const T share = gradient * w.inverse[i + r];
-    w.grad_a[i + r] += share;
-    w.inverse[i + r] = share;
-    factors[r] = left[1] = share * left[0];
+OBJSLOT_INLINE const T* undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, int64_t i, int64_t rows,
+                                  const T* products) {
+  const Matrix<T>& matrix = g.matrix;
+  const T *x_now = g.x(t) + i, *x_last = g.x(g.count - 1) + i;
+  T* moves = w.left + i * 2 * g.count + 2 * t * sweep_rows;
+  T* factors = moves + sweep_rows;
+  for (int64_t r = 0; r < rows; r += width<T>) {
+    const int64_t left = rows - r;
+    // The lanes beyond the end are masked too.
+    const Vec<T> end = load_upto(x_last + r, left);
+    const Bits<T> masked = end == T(0);
+    const Vec<T> mass = matrix.a ? load_upto(matrix.a + i + r, left) : broadcast(matrix.a0);
+    const Vec<T> moved = none_where<T>(masked, load_upto(x_now + r, left) / end);
+    const Vec<T> start = t == g.count - 1 ? load_upto(w.grad_f + i + r, left) : Vec<T>{};
+    const Vec<T> share = (start - moved * load(products + r)) * none_where<T>(masked, T(1) / mass);
+    store(w.grad_a + i + r, load(w.grad_a + i + r) + share);
+    store(w.share + i + r, share);
+    store(moves + r, moved);
+    store(factors + r, share * moved);
   }
+  return factors;
 }
 
-template <class T>
-OBJSLOT_INLINE void multiply_weights(const Rows<T>& plan, int64_t i, int64_t rows, const T* weights, int64_t m,
-                                     T* products) {
-  if (rows == sweep_rows)
-    dot_rows<T, sweep_rows>(plan.at(i), plan.stride, weights, m, products);
-  else if (rows == block)
-    dot_rows<T, block>(plan.at(i), plan.stride, weights, m, products);
-  else
-    for (int64_t r = 0; r < rows; ++r) dot_rows<T, 1>(plan.at(i + r), plan.stride, weights, m, products + r);
-}
-
-// R rows by C vectors of plan / eps * (gradient - left right).
+// R rows by C vectors of plan / eps * (gradient - left right). Fetches what lies `ahead` of results that are not
+// streamed.
 template <class T, int R, int C, bool Streamed>
 OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left, const T* right,
-                                 int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps, T* const* out) {
+                                 int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps, T* const* out,
+                                 int64_t ahead) {
+  if (!Streamed)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) __builtin_prefetch(out[r] + ahead + j + c * width<T>, 1, 2);
   Vec<T> value[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -89,7 +82,7 @@ OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient,
     for (int c = 0; c < C; ++c) factor[c] = load(right + k * columns + j + c * width<T>);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> weight = broadcast(left[r * rank + k]);
+      const Vec<T> weight = broadcast(left[k * sweep_rows + r]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) value[r][c] = fused(weight, factor[c], value[r][c]);
     }
@@ -106,27 +99,40 @@ OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient,
     }
 }
 
-template <class T, int R, bool Streamed>
-OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, const T* left, const T* right,
-                                 int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps, T* const* out) {
+template <class T, int C, bool Streamed>
+OBJSLOT_INLINE void correct_columns(const T* const* plan, const T* const* gradient, int64_t rows, const T* left,
+                                    const T* right, int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps,
+                                    T* const* out, int64_t ahead) {
+  int64_t r = 0;
+  for (; r + block <= rows; r += block)
+    correct_tile<T, block, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps,
+                                        out + r, ahead);
+  for (; r < rows; ++r)
+    correct_tile<T, 1, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps, out + r,
+                                    ahead);
+}
+
+// Some rows of a group. A few columns of `right` serve all of them while they are in the first level of the caches.
+template <class T, bool Streamed, class Fetch>
+OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, int64_t rows, const T* left,
+                                 const T* right, int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps,
+                                 T* const* out, const Fetch& fetch, int64_t ahead) {
   constexpr int C = OBJSLOT_VECTOR_BYTES == 64 ? 4 : 2;
   const int64_t m = matrix.m, columns = matrix.columns;
   int64_t j = 0;
-  for (; j + C * width<T> <= m; j += C * width<T>)
-    correct_tile<T, R, C, Streamed>(plan, gradient, left, right, rank, columns, j, inverse_eps, out);
-  for (; j + width<T> <= m; j += width<T>)
-    correct_tile<T, R, 1, Streamed>(plan, gradient, left, right, rank, columns, j, inverse_eps, out);
-  if (j == m) return;
-  Vec<T> value[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) value[r] = -load_first(gradient[r] + j, m - j);
-  for (int64_t k = 0; k < rank; ++k) {
-    const Vec<T> factor = load(right + k * columns + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) value[r] = fused(broadcast(left[r * rank + k]), factor, value[r]);
+  for (; j + C * width<T> <= m; j += C * width<T>) {
+    for (int c = 0; c < C; ++c) fetch.advance();
+    correct_columns<T, C, Streamed>(plan, gradient, rows, left, right, rank, columns, j, inverse_eps, out, ahead);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value[r], m - j);
+  for (; j + width<T> <= m; j += width<T>)
+    correct_columns<T, 1, Streamed>(plan, gradient, rows, left, right, rank, columns, j, inverse_eps, out, ahead);
+  if (j == m) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<T> value = -load_first(gradient[r] + j, m - j);
+    for (int64_t k = 0; k < rank; ++k)
+      value = fused(broadcast(left[k * sweep_rows + r]), load(right + k * columns + j), value);
+    store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value, m - j);
+  }
 }
 
 // A masked column has no plan, but its scores counted when the rows were first set, with the first y.
@@ -155,34 +161,30 @@ static void finish(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, const
   const Vec<T> inverse_eps = broadcast(matrix.inverse_eps);
   for_chunks(matrix, team, backwards, [&](int64_t chunk) {
     const int64_t end = end_of_chunk(matrix, chunk);
-    T* buffer = w.rows + team.worker * (block + 1) * columns;
-    for (int64_t i = chunk * chunk_rows; i < end; i += block) {
-      const int64_t rows = end - i < block ? end - i : block;
-      T products[block], factors[block];
-      multiply_weights(plan, i, rows, w.right, m, products);
-      undo_rows(g, w, 0, i, rows, products, factors);
-      const T *plan_rows[block], *gradient_rows[block];
-      T* out[block];
+    T* buffer = w.rows + team.worker * (sweep_rows + 1) * columns;
+    for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
+      const int64_t rows = end - i < sweep_rows ? end - i : sweep_rows;
+      T products[sweep_rows] = {};
+      dot_block(plan.at(i), plan.stride, rows, w.right, m, products, g);
+      undo_rows(g, w, 0, i, rows, products);
+      const T *plan_rows[sweep_rows], *gradient_rows[sweep_rows];
+      T* out[sweep_rows];
       for (int64_t r = 0; r < rows; ++r) {
         plan_rows[r] = plan.at(i + r);
         gradient_rows[r] = gradient.at(i + r);
         out[r] = direct ? static_cast<T*>(g.out.grad_scores) + (g.index * matrix.n + i + r) * m : buffer + r * columns;
       }
       const T* left = w.left + i * rank;
-      if (rows == block && direct && streamed)
-        correct_rows<T, block, true>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
-      else if (rows == block)
-        correct_rows<T, block, false>(plan_rows, gradient_rows, left, w.right, rank, matrix, inverse_eps, out);
+      const int64_t ahead = direct ? sweep_rows * m : 0;
+      if (direct && streamed)
+        correct_rows<T, true>(plan_rows, gradient_rows, rows, left, w.right, rank, matrix, inverse_eps, out, g, ahead);
       else
-        for (int64_t r = 0; r < rows; ++r)
-          correct_rows<T, 1, false>(plan_rows + r, gradient_rows + r, left + r * rank, w.right, rank, matrix,
-                                    inverse_eps, out + r);
-      g.advance();
+        correct_rows<T, false>(plan_rows, gradient_rows, rows, left, w.right, rank, matrix, inverse_eps, out, g, ahead);
       for (int64_t r = 0; r < rows && !direct; ++r) {
         const int64_t offset = (g.index * matrix.n + i + r) * m;
         if (holes)
-          fill_holes(matrix.row(i + r, buffer + block * columns), matrix, g.offset()[i + r],
-                     -w.inverse[i + r] * g.x(0)[i + r], w.first, w.holes, out[r]);
+          fill_holes(matrix.row(i + r, buffer + sweep_rows * columns), matrix, g.offset()[i + r],
+                     -w.share[i + r] * g.x(0)[i + r], w.first, w.holes, out[r]);
         if constexpr (sizeof(T) == 4)
           if (g.half()) {
             write_half_row(out[r], g.out.grad_scores, matrix.element, offset, m);
@@ -219,14 +221,10 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
       const int64_t end = end_of_chunk(matrix, chunk);
       for (int64_t i = chunk * chunk_rows; i < end; i += sweep_rows) {
         const int64_t rows = end - i < sweep_rows ? end - i : sweep_rows;
-        T products[sweep_rows], factors[sweep_rows];
-        multiply_weights(plan, i, rows, q, m, products);
-        undo_rows(g, w, t, i, rows, products, factors);
-        if (rows == sweep_rows)
-          add_rows<T, sweep_rows>(plan.at(i), plan.stride, factors, m, sums);
-        else
-          for (int64_t r = 0; r < rows; ++r) add_rows<T, 1>(plan.at(i + r), plan.stride, factors + r, m, sums);
-        g.advance();
+        T products[sweep_rows] = {};
+        dot_block(plan.at(i), plan.stride, rows, q, m, products, g);
+        const T* factors = undo_rows(g, w, t, i, rows, products);
+        add_block(plan.at(i), plan.stride, rows, factors, m, sums, g);
       }
     });
     alone(team, [&] {
@@ -249,10 +247,10 @@ static void undo(const SinkhornProblem& p, const SinkhornGradient& out, int64_t 
   const int64_t size = sizeof(T), bytes = p.n * p.m * size;
   const bool half = size == 4 && p.element != Element::float32;
   if (more && !half && bytes <= prefetch_bytes && out.plan && out.grad_plan && out.grad_row_stride == p.m) {
-    const int64_t blocks = (p.n + sweep_rows - 1) / sweep_rows;
-    ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes, count, blocks);
+    const int64_t vectors = sweeps_ahead(count) * vectors_of_sweep<T>(p);
+    ahead[0] = Prefetch::of(static_cast<const char*>(out.plan) + (index + 1) * bytes, bytes, vectors);
     ahead[1] = Prefetch::of(static_cast<const char*>(out.grad_plan) + (index + 1) * out.grad_batch_stride * size, bytes,
-                            count, blocks);
+                            vectors);
   }
   const Gradients<T> g{matrix, p, out, index, count < 0 ? -count : count, count < 0, ahead};
   alone(team, [&] {

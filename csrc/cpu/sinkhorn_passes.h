@@ -2,7 +2,7 @@
 #pragma once
 
 #include "objslot/threads.h"
-#include "sinkhorn_simd.h"
+#include "lane_sums.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -11,8 +11,8 @@ namespace objslot::OBJSLOT_ISA {
 constexpr int64_t chunk_rows = 64;
 // Rows that one sweep handles together, so that weights are loaded once for all of them.
 constexpr int block = 4;
-// Rows of a sweep that does nothing but add up products.
-constexpr int64_t sweep_rows = 8;
+// Rows of a sweep that does nothing but add up products; it divides chunk_rows, and whole vectors make it up.
+constexpr int64_t sweep_rows = OBJSLOT_VECTOR_BYTES == 64 ? 16 : 8;
 // A matrix up to this many bytes leaves room for the next one in a second-level cache.
 constexpr int64_t prefetch_bytes = int64_t{300} << 10;
 // Results above this many bytes are written past the caches.
@@ -118,62 +118,100 @@ OBJSLOT_INLINE int64_t end_of_chunk(const Matrix<T>& matrix, int64_t chunk) {
   return end < matrix.n ? end : matrix.n;
 }
 
-// Fetches the next matrix into the cache, a little with every block of rows, while this one is worked on.
+// Fetches the next matrix into the cache while this one is worked on: a few lines with every vector of a sweep, for
+// more at once would keep the sweep waiting.
 struct Prefetch {
   const char* next = nullptr;
   const char* end = nullptr;
-  int64_t step = 0;
-  // Spread over `sweeps` sweeps of so many blocks, but not so thin that the first rows are evicted again.
-  static OBJSLOT_INLINE_MEMBER Prefetch of(const char* data, int64_t bytes, int64_t sweeps, int64_t blocks) {
-    sweeps = sweeps < 1 ? 1 : sweeps < 3 ? sweeps : 3;
-    return {data, data + bytes, (bytes / (sweeps * blocks) + 63) / 64 * 64};
+  int64_t lines = 0;
+  // Spread over so many vectors.
+  static OBJSLOT_INLINE_MEMBER Prefetch of(const char* data, int64_t bytes, int64_t vectors) {
+    return {data, data + bytes, (bytes / 64 + vectors - 1) / vectors};
   }
   OBJSLOT_INLINE_MEMBER void advance() {
-    for (const char* stop = next + step; next < stop && next < end; next += 64) __builtin_prefetch(next, 0, 2);
+    if (next >= end) return;
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
+    next += 64 * lines;
   }
 };
 
+// Where there is nothing to fetch.
+struct NoPrefetch {
+  OBJSLOT_INLINE_MEMBER void advance() const {}
+};
+
+// Sweeps that fetch: not so many that the first rows are evicted again.
+OBJSLOT_INLINE int64_t sweeps_ahead(int64_t sweeps) { return sweeps < 1 ? 1 : sweeps < 3 ? sweeps : 3; }
+
+// Vectors of one sweep that adds up rows and columns.
+template <class T>
+OBJSLOT_INLINE int64_t vectors_of_sweep(const SinkhornProblem& p) {
+  const int64_t vectors = 2 * (p.n / sweep_rows) * (p.m / width<T>);
+  return vectors < 1 ? 1 : vectors;
+}
+
 // sums[r] = sum over j of rows[r][j] * weights[j]; the weights are padded with zeros.
-template <class T, int R>
-OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, int64_t m, T* sums) {
+template <class T, int R, class Ahead = NoPrefetch>
+OBJSLOT_INLINE void dot_rows(const T* rows, int64_t stride, const T* weights, int64_t m, T* sums, Ahead&& ahead = {}) {
   Vec<T> total[R] = {};
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>) {
     const Vec<T> weight = load(weights + j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) total[r] = fused(weight, load(rows + r * stride + j), total[r]);
+    ahead.advance();
   }
   if (whole < m) {
     const Vec<T> weight = load(weights + whole);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) total[r] = fused(weight, load_first(rows + r * stride + whole, m - whole), total[r]);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sums[r] = sum_lanes<T>(total[r]);
+  sum_lanes_of<T, R>(total, sums);
+}
+
+// The same for `count` rows of a sweep.
+template <class T, class Ahead>
+OBJSLOT_INLINE void dot_block(const T* rows, int64_t stride, int64_t count, const T* weights, int64_t m, T* sums,
+                              Ahead&& ahead) {
+  if (count == sweep_rows) return dot_rows<T, sweep_rows>(rows, stride, weights, m, sums, ahead);
+  int64_t r = 0;
+  for (; r + block <= count; r += block) dot_rows<T, block>(rows + r * stride, stride, weights, m, sums + r);
+  for (; r < count; ++r) dot_rows<T, 1>(rows + r * stride, stride, weights, m, sums + r);
 }
 
 // sums[j] += sum over r of factors[r] * rows[r][j]; sums is padded.
-template <class T, int R>
-OBJSLOT_INLINE void add_rows(const T* rows, int64_t stride, const T* factors, int64_t m, T* sums) {
+template <class T, int R, class Ahead = NoPrefetch>
+OBJSLOT_INLINE void add_rows(const T* rows, int64_t stride, const T* factors, int64_t m, T* sums, Ahead&& ahead = {}) {
   Vec<T> factor[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) factor[r] = broadcast(factors[r]);
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>) {
     Vec<T> even = load(sums + j), odd{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r += 2) {
       even = fused(factor[r], load(rows + r * stride + j), even);
       if (r + 1 < R) odd = fused(factor[r + 1], load(rows + (r + 1) * stride + j), odd);
     }
     store(sums + j, R > 1 ? even + odd : even);
+    ahead.advance();
   }
   if (whole < m) {
     Vec<T> sum = load(sums + whole);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum = fused(factor[r], load_first(rows + r * stride + whole, m - whole), sum);
     store(sums + whole, sum);
   }
+}
+
+// The same for `count` rows of a sweep.
+template <class T, class Ahead>
+OBJSLOT_INLINE void add_block(const T* rows, int64_t stride, int64_t count, const T* factors, int64_t m, T* sums,
+                              Ahead&& ahead) {
+  if (count == sweep_rows) return add_rows<T, sweep_rows>(rows, stride, factors, m, sums, ahead);
+  int64_t r = 0;
+  for (; r + block <= count; r += block) add_rows<T, block>(rows + r * stride, stride, factors + r, m, sums);
+  for (; r < count; ++r) add_rows<T, 1>(rows + r * stride, stride, factors + r, m, sums);
 }
 
 template <class T>
@@ -186,19 +224,23 @@ OBJSLOT_INLINE void fill(T* p, int64_t count, T value) {
   for (int64_t j = 0; j < count; ++j) p[j] = value;
 }
 
+// A vector with the largest number among its lanes.
 template <class T>
-OBJSLOT_INLINE T largest(const T* p, int64_t count) {
-  T top = -std::numeric_limits<T>::infinity();
-  int64_t j = 0;
+OBJSLOT_INLINE Vec<T> largest_lanes(const T* p, int64_t count) {
   if (count >= width<T>) {
     Vec<T> tops = load(p);
-    for (; j + width<T> <= count; j += width<T>) tops = larger(load(p + j), tops);
-    top = largest_lane<T>(larger(load(p + count - width<T>), tops));
-    return top;
+    for (int64_t j = 0; j + width<T> <= count; j += width<T>) tops = larger(load(p + j), tops);
+    return larger(load(p + count - width<T>), tops);
   }
-  for (; j < count; ++j)
+  T top = -std::numeric_limits<T>::infinity();
+  for (int64_t j = 0; j < count; ++j)
     if (p[j] > top) top = p[j];
-  return top;
+  return broadcast(top);
+}
+
+template <class T>
+OBJSLOT_INLINE T largest(const T* p, int64_t count) {
+  return largest_lane<T>(largest_lanes(p, count));
 }
 
 // Writes count numbers of a row, past the caches where `streamed`; a row need not be aligned.

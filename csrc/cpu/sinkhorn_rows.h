@@ -5,9 +5,10 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-// 2^(row * scale + shift) into padded memory; the sum over the row, weighted by y where there is one.
+// 2^(row * scale + shift) into padded memory; a vector whose lanes sum to the row, weighted by y where
+// there is one. In place too.
 template <class T, bool Weighted>
-OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, T shift, int64_t m, const T* y, T* kernel) {
+OBJSLOT_INLINE Vec<T> exponentiate_row(const T* row, T scale, T shift, int64_t m, const T* y, T* kernel) {
   const Vec<T> scales = broadcast(scale), shifts = broadcast(shift);
   constexpr int W = width<T>;
   Vec<T> even{}, odd{};
@@ -27,7 +28,7 @@ OBJSLOT_INLINE T exponentiate_row(const T* row, T scale, T shift, int64_t m, con
     store(kernel + j, value);
     even = Weighted ? fused(value, load(y + j), even) : even + value;
   }
-  return sum_lanes<T>(even + odd);
+  return even + odd;
 }
 
 // Calls write(j, count) for a row of m numbers at `target`: whole vectors where count is the width, aligned ones
@@ -84,6 +85,15 @@ struct PlanRows {
   const T* y;
   void* target;  // the plan of this matrix
   bool streamed;
+
+  // Fetches the place of a row that is to be written.
+  OBJSLOT_INLINE_MEMBER void fetch(int64_t i) const {
+    if (streamed || i >= matrix->n) return;
+    const bool half = matrix->element == Element::float16 || matrix->element == Element::bfloat16;
+    const int64_t bytes = matrix->m * (half ? 2 : static_cast<int64_t>(sizeof(T)));
+    const char* row = static_cast<const char*>(target) + i * bytes;
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k, 1, 3);
+  }
 
   // `buffer` holds two padded rows.
   OBJSLOT_INLINE_MEMBER void write(int64_t i, T* buffer) const {

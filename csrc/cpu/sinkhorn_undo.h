@@ -52,38 +52,39 @@ struct Work {
   T* grad_g;            // (columns)
   T* grad_a;            // (n)
   T* grad_b;            // (columns)
-  T* inverse;           // (n): 1 / a, 0 where the row is masked; then grad_f / a
-  T* left;              // (n, 2 count): r, p of every iteration
+  T* share;             // (n): grad_f / a of the iteration, 0 where the row is masked
+  T* left;              // (groups, 2 count, sweep_rows): r, p of every iteration
   T* right;             // (2 count, columns): q, s' of every iteration
   T* holes;             // (columns): 1 where the plan is zero because the column is masked
   T* sums;              // (chunks, columns)
   T* scaled_g;          // (columns)
   T* earlier_g;         // (columns)
   T* first;             // (columns): the y that the iteration started from, or its logarithm
-  T* rows;              // (threads, block + 1, columns)
+  T* rows;              // (threads, sweep_rows + 1, columns)
   unsigned char* gaps;  // (chunks)
 };
 
 template <class T>
 static Work<T> lay_out(Arena& arena, const Matrix<T>& matrix, int64_t iterations, int threads) {
   const int64_t n = matrix.n, columns = matrix.columns, chunks = matrix.chunks();
+  const int64_t whole = (n + sweep_rows - 1) / sweep_rows * sweep_rows;
   Work<T> w;
   w.plan = arena.take<T>(n * columns);
   w.gradient = arena.take<T>(n * columns);
   w.zeros = arena.take<T>(columns);
   w.grad_f = arena.take<T>(n);
   w.grad_g = arena.take<T>(columns);
-  w.grad_a = arena.take<T>(n);
+  w.grad_a = arena.take<T>(whole);
   w.grad_b = arena.take<T>(columns);
-  w.inverse = arena.take<T>(n);
-  w.left = arena.take<T>(n * 2 * iterations);
+  w.share = arena.take<T>(whole);
+  w.left = arena.take<T>(whole * 2 * iterations);
   w.right = arena.take<T>(2 * iterations * columns);
   w.holes = arena.take<T>(columns);
   w.sums = arena.take<T>(chunks * columns);
   w.scaled_g = arena.take<T>(columns);
   w.earlier_g = arena.take<T>(columns);
   w.first = arena.take<T>(columns);
-  w.rows = arena.take<T>(threads * (block + 1) * columns);
+  w.rows = arena.take<T>(threads * (sweep_rows + 1) * columns);
   w.gaps = arena.take<unsigned char>(chunks);
   return w;
 }
@@ -127,7 +128,7 @@ static void start(const Gradients<T>& g, Work<T>& w) {
   const T* grad_f = static_cast<const T*>(g.out.grad_f);
   const T* grad_g = static_cast<const T*>(g.out.grad_g);
   fill(w.zeros, columns, T(0));
-  fill(w.grad_a, n, T(0));
+  fill(w.grad_a, (n + sweep_rows - 1) / sweep_rows * sweep_rows, T(0));
   fill(w.grad_b, columns, T(0));
   fill(w.grad_g, columns, T(0));
   fill(w.holes, columns, T(1));
@@ -165,23 +166,25 @@ OBJSLOT_INLINE void multiply_rows(const T* const* plan, const T* const* gradient
                                   T* sums, Vec<T>& low) {
   Vec<T> total[R] = {};
   const auto visit = [&](int64_t j, auto&& read) __attribute__((always_inline)) {
-    const Vec<T> hole = load(holes + j);
-    Vec<T> sum = load(sums + j);
+    Vec<T> sum = load(sums + j), least = read(plan[0] + j);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<T> entry = read(plan[r] + j), upper = read(gradient[r] + j);
-      low = smaller(entry + hole, low);
+      least = smaller(entry, least);
       total[r] = fused(entry, upper, total[r]);
       sum = fused(entry, upper, sum);
     }
+    low = smaller(least + load(holes + j), low);
     store(sums + j, sum);
   };
   const int64_t whole = m / width<T> * width<T>;
   for (int64_t j = 0; j < whole; j += width<T>)
     visit(j, [](const T* p) __attribute__((always_inline)) { return load(p); });
   if (whole < m) visit(whole, [&](const T* p) __attribute__((always_inline)) { return load_first(p, m - whole); });
+  T found[R];
+  sum_lanes_of<T, R>(total, found);
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) grad_f[r] += sum_lanes<T>(total[r]);
+  for (int r = 0; r < R; ++r) grad_f[r] += found[r];
 }
 
 template <class T>
@@ -208,7 +211,7 @@ static void multiply(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan, con
       bool masked = false;
       for (int64_t r = 0; r < rows; ++r) {
         if (made) {
-          const T* row = matrix.row(i + r, w.rows + worker * (block + 1) * columns);
+          const T* row = matrix.row(i + r, w.rows + worker * (sweep_rows + 1) * columns);
           T* target = w.plan + (i + r) * columns;
           if (g.logarithms)
             plan_row(row, matrix.inverse_eps, last_x[i + r], w.scaled_g, m, target);
@@ -293,7 +296,7 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
       for_chunks(matrix, team, [&](int64_t chunk) {
         T* sums = w.sums + chunk * columns;
         fill(sums, columns, T(0));
-        T* buffer = w.rows + team.worker * (block + 1) * columns;
+        T* buffer = w.rows + team.worker * (sweep_rows + 1) * columns;
         const T one = 1;
         for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
           make_row(matrix.row(i, buffer), t, i, w.scaled_g, buffer + columns);
@@ -312,7 +315,7 @@ static void undo_by_scores(const Gradients<T>& g, Work<T>& w, const Rows<T>& gra
     for_chunks(matrix, team, [&](int64_t chunk) {
       T* sums = w.sums + chunk * columns;
       fill(sums, columns, T(0));
-      T* buffer = w.rows + team.worker * (block + 1) * columns;
+      T* buffer = w.rows + team.worker * (sweep_rows + 1) * columns;
       T* now = buffer + columns;
       T* before = now + columns;
       for (int64_t i = chunk * chunk_rows; i < end_of_chunk(matrix, chunk); ++i) {
