@@ -31,7 +31,7 @@ struct PairWork {
   Scaling<T> forth, back;
 };
 
-// The least sum that still holds every term that counts: see sinkhorn.kernel.cpp.
+// The least sum that still holds every term that counts: see sinkhorn_scaling.h.
 template <class T>
 constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);
 
