@@ -182,8 +182,8 @@ static bool solve_pair(const AlignmentProblem& p, int64_t clip, int64_t first, i
     const int64_t count = n - i < pair_rows ? n - i : pair_rows;
     for (int64_t r = i; r < i + count; ++r)
       set_row(w.forth.x, r,
-              sum_lanes<T>(exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr,
-                                                      kernel + r * stride)),
+              sum_lanes<T>(
+                  exponentiate_row<T, false>(kernel + r * stride, scale, w.offset[r], n, nullptr, kernel + r * stride)),
               T(0.25));
     add(i, count);
   }

@@ -105,8 +105,8 @@ OBJSLOT_INLINE void correct_columns(const T* const* plan, const T* const* gradie
                                     T* const* out, int64_t ahead) {
   int64_t r = 0;
   for (; r + block <= rows; r += block)
-    correct_tile<T, block, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps,
-                                        out + r, ahead);
+    correct_tile<T, block, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps, out + r,
+                                        ahead);
   for (; r < rows; ++r)
     correct_tile<T, 1, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps, out + r,
                                     ahead);

@@ -1,8 +1,8 @@
 // What the Sinkhorn kernels share: one element of the batch, the memory they work in, sweeps over a few rows.
 #pragma once
 
-#include "objslot/threads.h"
 #include "lane_sums.h"
+#include "objslot/threads.h"
 
 namespace objslot::OBJSLOT_ISA {
 

@@ -169,8 +169,8 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
     Vec<T> parts[sweep_rows] = {};
     for (int64_t r = 0; r < count; ++r) {
       T* target = rows + r * columns;
-      parts[r] = exponentiate_row<T, true>(matrix.row(i + r, target), matrix.scale, s.offset[i + r], matrix.m, s.y,
-                                           target);
+      parts[r] =
+          exponentiate_row<T, true>(matrix.row(i + r, target), matrix.scale, s.offset[i + r], matrix.m, s.y, target);
     }
     sum_lanes_of<T, sweep_rows>(parts, found);
   };
