@@ -155,7 +155,7 @@ def test_bad_input_is_refused_before_anything_is_trained(root, tmp_path):
     assert "seeds: got 1, 1" in refused(seeds=(1, 1))
     assert "no such folder" in refused(where=tmp_path / "nowhere")
     assert "holds no DAVIS data set" in refused(where=tmp_path)
-    assert "n_other: got 3, expected at most frames - 1 = 2" in refused(what="sampling", training=settings(frames=3))
+    assert "frames: got 3, expected more than the 3 others" in refused(what="sampling", training=settings(frames=3))
     assert "train_encoder" in refused(training=settings(model={"train_encoder": True}))
 
 
