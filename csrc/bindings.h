@@ -84,8 +84,9 @@ inline int checked_threads(int threads) {
 }
 
 inline Element element(int index) {
+  constexpr Element all[] = {Element::float16, Element::bfloat16, Element::float32, Element::float64};
   if (index < 0 || index > 3) throw std::invalid_argument("element: expected 0 to 3, got " + std::to_string(index));
-  return static_cast<Element>(index);
+  return all[index];
 }
 
 void bind_slot_attention(pybind11::module_& module);

@@ -11,13 +11,10 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// Bytes of what is not bfloat16.
-int64_t arithmetic_bytes(objslot::Element element) { return element == objslot::Element::float64 ? 8 : 4; }
-
 // Addresses of the elements of one problem.
 struct LoopMemory {
   const objslot::SlotLoopProblem& problem;
-  int64_t bytes = arithmetic_bytes(problem.element);
+  int64_t bytes = objslot::arithmetic_bytes_of(problem.element);
   bool some = problem.positions > 0;
 
   char* at(const char* name, Address address, bool required = true) const {
@@ -54,7 +51,7 @@ void objslot::bind_slot_loop(py::module_& module) {
         if (element(type) == Element::float16 || (element(type) == Element::bfloat16 && !multiplies_on_tiles()))
           throw std::invalid_argument("SlotLoopProblem: expected float32, float64, or bfloat16 where there are tiles");
         const int64_t bytes = objslot::bytes_of(element(type));
-        check_sizes(arithmetic_bytes(element(type)), sizes);
+        check_sizes(arithmetic_bytes_of(element(type)), sizes);
         objslot::check_span("x", x, bytes, {{batch, x_strides[0]}, {positions, x_strides[1]}, {input_width, 1}});
         objslot::check_span("mask", mask, bytes, {{batch, mask_stride}, {groups * positions, 1}});
         if ((layers[8] == 0) != (layers[9] == 0))
@@ -73,8 +70,8 @@ void objslot::bind_slot_loop(py::module_& module) {
         constexpr bool matrix[16] = {true, false, true,  false, false, false, false, false,
                                      true, true,  false, false, true,  false, true,  false};
         for (int k = 0; k < 16; ++k)
-          layer[k] =
-              objslot::elements("layers", layers[k], matrix[k] ? bytes : arithmetic_bytes(element(type)), needed[k]);
+          layer[k] = objslot::elements("layers", layers[k],
+                                       matrix[k] ? bytes : objslot::arithmetic_bytes_of(element(type)), needed[k]);
         return p;
       }));
   module.def(
