@@ -42,9 +42,11 @@ def record(device: torch.device, proven: Collection[tuple[str, str]]) -> None:
     names = sorted(f"{op} {backend}" for op, backend in proven)
     held[_kernels()] = {**(of_these if isinstance(of_these, dict) else {}), _kind(device): names}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, encoding="utf-8", delete=False) as file:
-        json.dump(held, file, indent=1)
-    os.replace(file.name, target)
+    # `objslot.models.files.write_whole` is out of reach: the ops need torch alone.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        whole = Path(folder) / target.name
+        whole.write_text(json.dumps(held, indent=1), encoding="utf-8")
+        os.replace(whole, target)
     _proven.cache_clear()
 
 
