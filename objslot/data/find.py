@@ -3,16 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from objslot.data.video import (
-    IMAGE_SUFFIXES,
-    FrameFolder,
-    Video,
-    VideoFile,
-    is_image,
-    is_video,
-    natural_key,
-    readable,
-)
+from objslot.data.frame_folder import IMAGE_SUFFIXES, FrameFolder, is_image
+from objslot.data.video import Video, natural_key, readable
+from objslot.data.video_file import VideoFile, is_video
 from objslot.errors import UserError
 
 

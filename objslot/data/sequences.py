@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from objslot.data.annotated import ArraySequence, MaskFileSequence, Sequence
+from objslot.data.frame_folder import FrameFolder
 from objslot.data.masks import mask_files
-from objslot.data.video import FrameFolder, natural_key
+from objslot.data.video import natural_key
 from objslot.errors import UserError
 
 __all__ = ["ArraySequence", "MaskFileSequence", "Sequence", "open_sequences"]
