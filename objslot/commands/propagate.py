@@ -107,7 +107,7 @@ class Propagate(Command):
         """What is compared, by name."""
         import torch
 
-        from objslot.models.encoder import build_encoder
+        from objslot.models.registry import build_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.model is None:

@@ -16,7 +16,8 @@ except Exception as error:  # a torchvision built for another torch fails with R
 
 from objslot.models.branch import IterationMaps, SlotMaps
 from objslot.models.config import SMTCConfig
-from objslot.models.encoder import Encoder, FrameFeatures, build_encoder, register_encoder
+from objslot.models.encoder import Encoder, FrameFeatures
+from objslot.models.registry import build_encoder, register_encoder
 from objslot.models.smtc import SMTC
 from objslot.models.tiny_encoder import NAME, create_tiny_encoder
 

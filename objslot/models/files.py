@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from objslot.errors import UserError
+from objslot.models.config import SMTCConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -74,6 +75,28 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Tensor]]:
     except Exception as error:
         raise UserError(f"cannot read {directory / WEIGHTS} as safetensors: {error}") from error
     return values["model"], state
+
+
+def check_sizes(config: SMTCConfig, state: dict[str, Tensor], directory: str | Path):
+    """Raise `UserError` where the tensors do not bear out the sizes that the configuration claims.
+
+    Done before anything of these sizes is made: a file from a stranger may claim any.
+    """
+    slots, embed = state.get("student.slots.mu"), state.get("student.fusion.embed.weight")
+    largest_patch = 64
+    pixels = config.frame_size[0] * config.frame_size[1]
+    fits = (
+        slots is not None
+        and embed is not None
+        and slots.ndim == embed.ndim == 2
+        and tuple(slots.shape) == (config.slots, config.width or slots.shape[1])
+        and pixels <= embed.shape[1] * 4 * largest_patch**2
+    )
+    if not fits:
+        raise UserError(
+            f"{Path(directory) / WEIGHTS} does not fit its {CONFIG}: {config.slots} slots on frames of "
+            f"{config.frame_size[0]} x {config.frame_size[1]} pixels are claimed there"
+        )
 
 
 def restore(model: nn.Module, state: dict[str, Tensor], directory: str | Path):

@@ -18,7 +18,8 @@ from objslot.models import files
 from objslot.models.branch import IterationMaps, SlotBranch, SlotMaps, random_noise, seeded_noise
 from objslot.models.config import SMTCConfig
 from objslot.models.correspondence import draw_other_frames, gather_frames, previous_frames
-from objslot.models.encoder import FrameFeatures, build_encoder
+from objslot.models.encoder import FrameFeatures
+from objslot.models.registry import build_encoder
 from objslot.nn import SemanticSlots
 
 
@@ -290,33 +291,11 @@ class SMTC(nn.Module):
         """
         values, state = files.load_model(directory)
         config = SMTCConfig.from_dict(values)
-        _check_sizes(config, state, directory)
+        files.check_sizes(config, state, directory)
         model = cls(dataclasses.replace(config, weights=None, pretrained=False))
         model.config = config
         files.restore(model, state, directory)
         return model
-
-
-def _check_sizes(config: SMTCConfig, state: dict[str, Tensor], directory: str | Path):
-    """Raise `UserError` where the weights do not bear out the sizes that the configuration claims.
-
-    Done before anything of these sizes is made: a file from a stranger may claim any.
-    """
-    slots, embed = state.get("student.slots.mu"), state.get("student.fusion.embed.weight")
-    largest_patch = 64
-    pixels = config.frame_size[0] * config.frame_size[1]
-    fits = (
-        slots is not None
-        and embed is not None
-        and slots.ndim == embed.ndim == 2
-        and tuple(slots.shape) == (config.slots, config.width or slots.shape[1])
-        and pixels <= embed.shape[1] * 4 * largest_patch**2
-    )
-    if not fits:
-        raise UserError(
-            f"{Path(directory) / files.WEIGHTS} does not fit its {files.CONFIG}: {config.slots} slots "
-            f"on frames of {config.frame_size[0]} x {config.frame_size[1]} pixels are claimed there"
-        )
 
 
 def _correspond(branch: SlotBranch, features: FrameFeatures, index: Tensor) -> Tensor:
