@@ -22,6 +22,11 @@ def possible(*tensors: Tensor | None) -> bool:
     return native is not None and _watching() and native.plain(*tensors)
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is under way: its tensors do not tell that they require a gradient."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+
+
 @cache
 def _watching() -> bool:
     """Tells the module once what to look at."""

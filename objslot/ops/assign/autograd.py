@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from objslot.ops import _backends, _native
+from objslot.ops._vmap import register_vmap
 from objslot.ops.assign import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
@@ -30,3 +31,4 @@ def _fake_assign(scores, backend):
 
 _lib.impl("assign", _assign, "CompositeExplicitAutograd")
 torch.library.register_fake("objslot::assign", _fake_assign, lib=_lib)
+register_vmap("assign", _lib)

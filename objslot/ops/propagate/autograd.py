@@ -5,6 +5,7 @@ from torch import Tensor
 
 from objslot.ops import _autocast, _backends, _triton
 from objslot.ops._second_order import register_second_order
+from objslot.ops._vmap import register_vmap
 from objslot.ops.propagate import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
@@ -77,3 +78,5 @@ torch.library.register_fake("objslot::propagate", _fake_forward, lib=_lib)
 torch.library.register_fake("objslot::propagate_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("objslot::propagate", _gradients, setup_context=_setup_context, lib=_lib)
 register_second_order("objslot::propagate_backward", _differentiable_backward, _lib)
+register_vmap("propagate", _lib)
+register_vmap("propagate_backward", _lib)

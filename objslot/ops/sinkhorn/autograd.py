@@ -5,6 +5,7 @@ from torch import Tensor
 
 from objslot.ops import _backends, _checks, _direct, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
+from objslot.ops._vmap import register_vmap
 from objslot.ops.sinkhorn import cuda, native, reference
 
 _library = torch.library.Library("objslot", "FRAGMENT")
@@ -225,7 +226,10 @@ class _Direct(torch.autograd.Function):
 def sinkhorn(scores, a, b, start, eps, n_iters, tol, store_plan, return_error, backend):
     """plan, f, g and error, by the shortest way; what is not asked for is empty or None."""
     history = torch.is_grad_enabled() and (
-        scores.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
+        scores.requires_grad
+        or (a is not None and a.requires_grad)
+        or (b is not None and b.requires_grad)
+        or _direct.transformed()
     )
     if backend is None and _direct.possible(scores, a, b, start):
         _check_masses(a, b)
@@ -249,6 +253,9 @@ _library.impl("sinkhorn_backward", _sinkhorn_backward, "CompositeExplicitAutogra
 torch.library.register_fake("objslot::sinkhorn", _fake_sinkhorn, lib=_library)
 torch.library.register_fake("objslot::sinkhorn_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("objslot::sinkhorn", _backward, setup_context=_setup_context, lib=_library)
+# The histories begin with the iterations.
+register_vmap("sinkhorn", _library, results={4: 1, 5: 1})
+register_vmap("sinkhorn_backward", _library, inputs={8: 1, 9: 1})
 
 _backends.register("sinkhorn", "cpu", why_not_cpu)
 _backends.register("sinkhorn", "cuda", cuda.why_not, automatic=False)

@@ -6,6 +6,7 @@ from torch import Tensor
 from objslot.ops import _autocast, _backends, _direct, _native, _triton
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops._second_order import register_second_order
+from objslot.ops._vmap import register_vmap
 from objslot.ops.slot_attention import native, reference
 
 _lib = torch.library.Library("objslot", "FRAGMENT")
@@ -147,3 +148,5 @@ torch.library.register_fake("objslot::slot_attention", _fake_forward, lib=_lib)
 torch.library.register_fake("objslot::slot_attention_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("objslot::slot_attention", _gradients, setup_context=_setup_context, lib=_lib)
 register_second_order("objslot::slot_attention_backward", _differentiable_backward, _lib)
+register_vmap("slot_attention", _lib)
+register_vmap("slot_attention_backward", _lib)

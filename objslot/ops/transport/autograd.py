@@ -5,6 +5,7 @@ from torch import Tensor
 
 from objslot.ops import _backends, _checks, _direct, _triton
 from objslot.ops._arithmetic import compute_dtype
+from objslot.ops._vmap import register_vmap
 from objslot.ops.sinkhorn.autograd import why_not_cpu
 from objslot.ops.transport import native, reference
 
@@ -210,6 +211,8 @@ torch.library.register_fake("objslot::sinkhorn_transport", _fake_transport, lib=
 torch.library.register_fake("objslot::sinkhorn_transport_backward", _fake_backward, lib=_library)
 torch.library.register_fake("objslot::alignment", _fake_alignment, lib=_library)
 torch.library.register_autograd("objslot::sinkhorn_transport", _backward, setup_context=_setup_context, lib=_library)
+for _op in ("sinkhorn_transport", "sinkhorn_transport_backward", "alignment"):
+    register_vmap(_op, _library)
 
 _backends.register("sinkhorn_transport", "cpu", why_not_cpu)
 _backends.register("sinkhorn_transport", "triton", _triton.why_not(__package__), automatic=False)
