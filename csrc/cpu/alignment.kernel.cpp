@@ -31,13 +31,9 @@ struct PairWork {
   Scaling<T> forth, back;
 };
 
-// The least sum that still holds every term that counts: see sinkhorn_scaling.h.
-template <class T>
-constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);
-
 template <class T>
 OBJSLOT_INLINE T least(const T* weights, int64_t count) {
-  return largest(weights, count) * T(count) * range_limit<T>;
+  return least_sum(largest(weights, count), count);
 }
 
 // products[w][r] = sum over j of rows[r][j] * weights_w[j], for two weights w.

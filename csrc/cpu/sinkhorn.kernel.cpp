@@ -54,7 +54,7 @@ static bool solve_by_scaling(const Matrix<T>& matrix, State<T>& s, const Keeper<
   if (first) keeper.keep(1, s.x, s.y);
   bool backwards = false;
   while (count < p.n_iters || early || result.error) {
-    const T limit = largest(s.y, matrix.m) * T(matrix.m) * range_limit<T>;
+    const T limit = least_sum(largest(s.y, matrix.m), matrix.m);
     backwards = !backwards;
     for_chunks(matrix, team, backwards,
                [&](int64_t chunk) __attribute__((always_inline)) { next_chunk(matrix, s, chunk, limit, rows, ahead); });

@@ -243,6 +243,16 @@ OBJSLOT_INLINE T largest(const T* p, int64_t count) {
   return largest_lane<T>(largest_lanes(p, count));
 }
 
+// A sum of so many weighted entries of a kernel holds every term that counts where it is above this: neither what the
+// exponential rounded to zero, at most 2^-126 times the largest weight each, nor what small weights made too small to
+// be added up, at most 2^-126 each, is then more than 2^-26 of it. Of float64 likewise.
+template <class T>
+OBJSLOT_INLINE T least_sum(T largest_weight, int64_t count) {
+  constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96
+  const T weight = largest_weight > T(0.0625) ? largest_weight : T(0.0625);
+  return weight * T(count) * range_limit;
+}
+
 // Writes count numbers of a row, past the caches where `streamed`; a row need not be aligned.
 template <class T>
 OBJSLOT_INLINE void copy_row(T* target, const T* row, int64_t count, bool streamed) {

@@ -50,10 +50,6 @@ static State<T> lay_out(Arena& arena, const SinkhornProblem& p, int threads, int
   return s;
 }
 
-// A sum below limit * (largest weight) may lack terms that the exponential rounded to zero.
-template <class T>
-constexpr T range_limit = sizeof(T) == 4 ? T(1.26217745e-29) : T(1e-288);  // 2^-96; 2^-126 and 30 bits to spare
-
 // Rows that the place of a row of the plan is fetched ahead.
 constexpr int64_t rows_ahead = 4;
 
@@ -121,7 +117,7 @@ OBJSLOT_INLINE void first_chunk(const Matrix<T>& matrix, State<T>& s, int64_t ch
   const int64_t columns = matrix.columns;
   const int64_t end = end_of_chunk(matrix, chunk);
   // Without a start the largest entry of a row is 1.
-  const T limit = matrix.start ? T(matrix.m) * range_limit<T> : T(0.25);
+  const T limit = matrix.start ? least_sum(T(1), matrix.m) : T(0.25);
   T* sums = s.sums + chunk * columns;
   fill(sums, columns, T(0));
   Bits<T> lost{};
@@ -194,7 +190,7 @@ OBJSLOT_INLINE void next_chunk(const Matrix<T>& matrix, State<T>& s, int64_t chu
 template <class T>
 OBJSLOT_INLINE bool set_columns(const Matrix<T>& matrix, State<T>& s, const T* x, const Team& team) {
   const int64_t columns = matrix.columns, chunks = matrix.chunks();
-  const T limit = largest(x, matrix.n) * T(matrix.n) * range_limit<T>;
+  const T limit = least_sum(largest(x, matrix.n), matrix.n);
   const int64_t vectors = columns / width<T>;
   Bits<T> bad{};
   for (int64_t j = team.begin(vectors) * width<T>; j < team.end(vectors) * width<T>; j += width<T>) {

@@ -89,6 +89,15 @@ def test_marginals_that_nearly_vanish(backend, eps, small):
         assert error <= allowed, name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("eps", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("total", [1e-20, 1e-26, 1e-28, 1e28])
+def test_masses_need_not_sum_to_one(backend, eps, total):
+    """Products of small scalings with entries of the kernel are no longer numbers long before the scalings are."""
+    a, b = masses(2, 40) * total, masses(2, 50, seed=3) * total
+    check(backend, torch.float32, cosines(2, 40, 50), a, b, eps, 3)
+
+
 INEXACT = {("reference", 1e-3, 1e-30), ("cpu", 1e-3, 1e-30), ("cpu", 0.05, 1e-30), ("cpu", 0.05, 1e-12)}
 
 
