@@ -17,3 +17,9 @@ with_apt() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     { apt-get update && apt-get install -y --no-install-recommends "$@"; } >/dev/null 2>&1
 }
+
+# cached FOLDER TREE: what compilers make is kept there, for later builds of the same sources in other trees.
+cached() {
+    command -v ccache >/dev/null || with_apt ccache || return 0
+    export CMAKE_CXX_COMPILER_LAUNCHER=ccache CCACHE_DIR=$1 CCACHE_BASEDIR=$2 CCACHE_NOHASHDIR=1
+}
