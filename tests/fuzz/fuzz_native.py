@@ -19,6 +19,8 @@ from op_cases import DTYPES, OPS, noise
 from slot_cases import evaluate
 from test_bindings import Recorder, numbers, replaced
 from test_properties import SIZES, WIDTHS, cases
+from test_slot_half import arguments as half_arguments
+from test_slot_half import run as half
 from test_slot_loop import call as slot_loop
 from test_slot_loop import problem as slot_loop_problem
 
@@ -58,13 +60,18 @@ class Replacing:
 
 def drawn_call(data):
     """An op on tensors of any kind, without arguments left to give."""
-    name = data.draw(st.sampled_from([*OPS, "alignment", "slot_loop"]))
+    name = data.draw(st.sampled_from([*OPS, "alignment", "slot_loop", "slot_loop_half"]))
     dtype = data.draw(st.sampled_from(DTYPES))
-    if name == "slot_loop":
-        assume(dtype in (torch.float32, torch.float64))
+    if name.startswith("slot_loop"):
         small = st.integers(1, 4)
         sizes = [data.draw(draw) for draw in (small, small, WIDTHS, SIZES, WIDTHS, WIDTHS, WIDTHS)]
-        tensors = slot_loop_problem(sizes, gru=data.draw(st.booleans()), masked=data.draw(st.booleans()))
+        kind = {"gru": data.draw(st.booleans()), "masked": data.draw(st.booleans())}
+        if name == "slot_loop_half":
+            assume(native.multiplies_on_tiles())
+            tensors = half_arguments(sizes, **kind)
+            return lambda: half(*tensors, iterations=data.draw(small))
+        assume(dtype in (torch.float32, torch.float64))
+        tensors = slot_loop_problem(sizes, **kind)
         tensors = [None if x is None else x.to(dtype) for x in tensors]
         return lambda: evaluate(slot_loop("cpu", iterations=data.draw(small)), tensors)
     if name == "alignment":
