@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from objslot.viz.palette import overlay_colors
 
 MAX_FRAMES = 150
-MAX_SIDE = 512
+MAX_SIDE = 720
 
 LAYER_TITLES = {
     "objects": "Objects",
@@ -178,13 +179,15 @@ class VideoReport:
 
 def write_page(path: str | Path, template: str, data: dict) -> None:
     """Writes a template of this package with `data` as the JSON that its script reads."""
-    pages = resources.files("objslot.viz").joinpath("pages")
-    text = pages.joinpath(template).read_text(encoding="utf-8")
-    text = text.replace("__HEAD__\n", pages.joinpath("head.html").read_text(encoding="utf-8"))
-    text = text.replace("__STYLE__", pages.joinpath("style.css").read_text(encoding="utf-8"))
     # "<" cannot end the script element from inside a string.
     code = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    Path(path).write_text(text.replace("__DATA__", code), encoding="utf-8")
+    Path(path).write_text(_page(template).replace("__DATA__", code), encoding="utf-8")
+
+
+def _page(name: str) -> str:
+    """A file of this package's pages, with the files that it names in their places."""
+    text = resources.files("objslot.viz").joinpath("pages", name).read_text(encoding="utf-8")
+    return re.sub(r"__FILE (\S+)__\n", lambda place: _page(place[1]), text)
 
 
 def spread(n: int, most: int) -> list[int]:

@@ -35,16 +35,18 @@ class Browser:
     def run(self, script, *arguments):
         return _ask(f"{self._root}/execute/sync", {"script": script, "args": list(arguments)})
 
+    def wait(self, script):
+        """What the script hands to the function that is its only argument."""
+        return _ask(f"{self._root}/execute/async", {"script": script, "args": []})
+
     def press(self, key):
         actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         _ask(f"{self._root}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def settle(self):
         """Waits until the page is there and every picture of it is decoded and drawn."""
-        script = """const done = arguments[arguments.length - 1];
-            const decoded = typeof images === "undefined" ? [] : images.map(image => image.decode());
-            Promise.all(decoded).then(() => requestAnimationFrame(() => setTimeout(done, 0)))"""
-        _ask(f"{self._root}/execute/async", {"script": script, "args": []})
+        self.wait("""const decoded = typeof images === "undefined" ? [] : images.map(image => image.decode());
+            Promise.all(decoded).then(() => requestAnimationFrame(() => setTimeout(arguments[0], 0)))""")
 
     def click(self, selector):
         self.run("document.querySelector(arguments[0]).click()", selector)

@@ -1,5 +1,6 @@
 """The pages in a real headless Chromium: what a person does, and what must be seen then."""
 
+import base64
 import importlib.util
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from objslot.evaluation import evaluate_dataset
 from objslot.viz.evaluation_report import EvaluationReport
 from objslot.viz.overlay import overlay_colors
 from objslot.viz.report import VideoReport
+from objslot.viz.video import VideoWriter
 
 _spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
 driver = importlib.util.module_from_spec(_spec)
@@ -188,6 +190,34 @@ def test_a_phone_shows_the_page_without_sideways_scrolling(page, tmp_path):
         assert phone.errors() == []
 
 
+def test_the_overlay_video_plays(chromium, tmp_path):
+    with VideoWriter(tmp_path / "overlay.mp4", fps=10) as writer:
+        for t in range(10):
+            writer.write(np.full((45, 61, 3), 20 * t, np.uint8))
+    # Pixels of another file may not be read.
+    video = base64.b64encode((tmp_path / "overlay.mp4").read_bytes()).decode()
+    page = tmp_path / "page.html"
+    page.write_text(f"<canvas></canvas><video muted src='data:video/mp4;base64,{video}'></video>")
+    chromium.errors()
+    chromium.open(page)
+    # Seeks into the middle of frame 7 and plays from there to the end.
+    found = chromium.wait("""const done = arguments[0], v = document.querySelector("video");
+        const pen = document.querySelector("canvas").getContext("2d");
+        v.onerror = () => done(v.error.message);
+        const look = tries => {
+          pen.drawImage(v, 0, 0);
+          const [grey] = pen.getImageData(20, 20, 1, 1).data;
+          if (Math.abs(grey - 140) > 4 && tries) return setTimeout(look, 20, tries - 1);
+          v.onended = () => done([v.videoWidth, v.videoHeight, v.duration, grey]);
+          v.play();
+        };
+        v.onloadeddata = () => { v.onseeked = () => look(100); v.currentTime = 0.75; };
+        v.load()""")
+    assert found[:2] == [62, 46] and abs(found[2] - 1) < 1e-3
+    assert abs(found[3] - 140) <= 4
+    assert chromium.errors() == []
+
+
 class Greys:
     name, n_frames, size, fps = "greys", 6, SIZE, 10.0
 
@@ -232,5 +262,5 @@ def test_the_evaluation_pages(chromium, tmp_path):
     assert chromium.run("return document.getElementById('title').textContent") == "a <b> sequence"
     chromium.click("#marks button:nth-child(2)")
     assert near(pixel(chromium, 60, 4), 80)
-    assert "A J 33.3" in chromium.run("return document.getElementById('legend').textContent")
+    assert "A J: 33.3" in chromium.run("return document.getElementById('legend').textContent")
     assert chromium.errors() == []

@@ -57,8 +57,8 @@ def test_a_long_large_video_makes_a_bounded_page(tmp_path):
     assert len(page["frames"]) == MAX_FRAMES
     assert page["frames"][0] == 0 and page["frames"][-1] == 3 * MAX_FRAMES - 1
     assert page["facts"] == [f"This page shows {MAX_FRAMES} of the {3 * MAX_FRAMES} frames, evenly spread."]
-    assert (page["height"], page["width"]) == (20, 512)
-    assert (page["layers"]["objects"]["height"], page["layers"]["objects"]["width"]) == (20, 512)
+    assert (page["height"], page["width"]) == (29, 720)
+    assert (page["layers"]["objects"]["height"], page["layers"]["objects"]["width"]) == (29, 720)
 
 
 def test_the_page_asks_for_nothing_from_a_network_and_survives_hostile_names(tmp_path):

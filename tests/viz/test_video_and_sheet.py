@@ -11,7 +11,7 @@ def gradient(t, height, width):
 
 
 @pytest.mark.parametrize("height, width", [(48, 64), (47, 63), (1, 1)])
-def test_video_plays_in_a_browser_and_shows_the_frames(tmp_path, height, width):
+def test_video_is_of_the_kind_that_browsers_play_and_shows_the_frames(tmp_path, height, width):
     path = tmp_path / "a.mp4"
     with VideoWriter(path, fps=12.5) as writer:
         for t in range(7):
