@@ -15,7 +15,7 @@ def test_encoders_load_no_compiler():
     runs(
         "import sys, torch\n"
         "disable = torch.compiler.disable\n"
-        "import objslot.models, objslot.inference, objslot.evaluation, objslot.viz\n"
+        "import objslot.models, objslot.evaluation, objslot.inference.baselines, objslot.inference.writer\n"
         "objslot.models.build_encoder('objslot_tiny')(torch.rand(1, 1, 3, 32, 32))\n"
         "loaded = {'torch._dynamo', 'torch._dynamo.utils', 'sympy', 'triton'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
