@@ -146,7 +146,9 @@ class EvaluationReport:
         write_page(self._out / "report.html", "evaluation.html", data)
         if self._rows:
             columns = ["best: annotation", "best: found", "worst: annotation", "worst: found"]
-            title = f"{results['dataset']}: best and worst frame of each sequence"
+            shown, judged = len(self._rows), len(self._sequences)
+            whose = "each sequence" if shown == judged else f"the first {shown} of {judged} sequences"
+            title = f"{results['dataset']}: best and worst frame of {whose}"
             sheet = contact_sheet(
                 self._rows, columns=columns, row_titles=self._titles, title=title, cell_width=280
             )
