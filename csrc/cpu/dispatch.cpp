@@ -53,7 +53,7 @@ bool has_tiles() {
   static const bool usable = [] {
     if (active_isa() != Isa::avx512) return false;
     unsigned a, b, c, d;
-    constexpr unsigned tiles = (1u << 24) | (1u << 22);  // AMX-TILE, AMX-BF16
+    constexpr unsigned tiles = (1u << 25) | (1u << 24) | (1u << 22);  // AMX-INT8, AMX-TILE, AMX-BF16
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles) return false;
     constexpr unsigned brain_vectors = 1u << 5;  // AVX512-BF16, which all of these processors have
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & brain_vectors)) return false;

@@ -150,6 +150,34 @@ def test_alignment_of_frames_on_tiles_and_on_vectors(clips, frames):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("kind", ["even", "long", "one large number", "nearly one-hot", "with an empty token"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("eps", [0.3, 0.05, 2e-3])
+def test_alignment_of_tokens_of_every_shape(kind, similarity, eps):
+    """Products in fixed point serve only where they are as exact as those in floating point."""
+    source = torch.Generator().manual_seed(0)
+    tokens, values = torch.randn(2, 3, 50, 200, generator=source), torch.rand(2, 3, 50, 6, generator=source)
+    if kind == "long":
+        tokens = torch.cat([tokens] * 3, dim=-1)
+    elif kind == "one large number":
+        tokens[..., 17] *= 40
+    elif kind == "nearly one-hot":
+        # Other places in every frame: all cosines are small, and float32 holds them in full.
+        tokens *= 1e-4
+        for frame in range(3):
+            tokens[:, frame, torch.arange(50), torch.arange(50) % 16 + 20 * frame] += 1
+    elif kind == "with an empty token":
+        tokens[1, 2, 3] = 0
+    if similarity == "dot":
+        tokens = tokens / tokens.norm(dim=-1).mean()
+    options = dict(eps=eps, similarity=similarity)
+    exact = reference.alignment(tokens.double(), values.double(), **options)
+    plain = reference.alignment(tokens, values, **options)
+    found = alignment(tokens, values, backend="cpu", **options)
+    error, own = ((x.double() - exact).norm() / exact.norm() for x in (found, plain))
+    assert error <= 1.5 * own + torch.finfo(torch.float32).eps
+
+
 SCRIPT = """
 import torch
 from objslot.ops import _native

@@ -39,8 +39,8 @@ Isa best_isa();
 // Throws std::invalid_argument for an unknown name and for a level above best_isa().
 Isa active_isa();
 
-// Whether kernels may use AMX tiles of bfloat16: the processor has them and vectors of bfloat16, the system lets this
-// process use them, and active_isa() is avx512.
+// Whether kernels may use AMX tiles of bfloat16 and of bytes: the processor has them and vectors of bfloat16, the
+// system lets this process use them, and active_isa() is avx512.
 bool has_tiles();
 
 template <class Table, Isa isa>
