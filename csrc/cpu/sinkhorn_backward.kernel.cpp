@@ -8,7 +8,8 @@
 //     grad_scores = plan / eps * (grad_plan - sum over t of (r q' + p s''))
 //
 // so every iteration is one sweep over the plan and a correction of rank two.
-#include "sinkhorn_undo.h"
+#include "sinkhorn_correction.h"
+#include "sinkhorn_undo_scores.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -58,93 +59,6 @@ OBJSLOT_INLINE const T* undo_rows(const Gradients<T>& g, Work<T>& w, int64_t t, 
     store(factors + r, share * moved);
   }
   return factors;
-}
-
-// R rows by C vectors of plan / eps * (gradient - left right). Fetches what lies `ahead` of results that are not
-// streamed.
-template <class T, int R, int C, bool Streamed>
-OBJSLOT_INLINE void correct_tile(const T* const* plan, const T* const* gradient, const T* left, const T* right,
-                                 int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps, T* const* out,
-                                 int64_t ahead) {
-  if (!Streamed)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) __builtin_prefetch(out[r] + ahead + j + c * width<T>, 1, 2);
-  Vec<T> value[R][C];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) value[r][c] = -load(gradient[r] + j + c * width<T>);
-  for (int64_t k = 0; k < rank; ++k) {
-    Vec<T> factor[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) factor[c] = load(right + k * columns + j + c * width<T>);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> weight = broadcast(left[k * sweep_rows + r]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) value[r][c] = fused(weight, factor[c], value[r][c]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const Vec<T> result = -inverse_eps * load(plan[r] + j + c * width<T>) * value[r][c];
-      if (Streamed)
-        stream(out[r] + j + c * width<T>, result);
-      else
-        store(out[r] + j + c * width<T>, result);
-    }
-}
-
-template <class T, int C, bool Streamed>
-OBJSLOT_INLINE void correct_columns(const T* const* plan, const T* const* gradient, int64_t rows, const T* left,
-                                    const T* right, int64_t rank, int64_t columns, int64_t j, Vec<T> inverse_eps,
-                                    T* const* out, int64_t ahead) {
-  int64_t r = 0;
-  for (; r + block <= rows; r += block)
-    correct_tile<T, block, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps, out + r,
-                                        ahead);
-  for (; r < rows; ++r)
-    correct_tile<T, 1, C, Streamed>(plan + r, gradient + r, left + r, right, rank, columns, j, inverse_eps, out + r,
-                                    ahead);
-}
-
-// Some rows of a group. A few columns of `right` serve all of them while they are in the first level of the caches.
-template <class T, bool Streamed, class Fetch>
-OBJSLOT_INLINE void correct_rows(const T* const* plan, const T* const* gradient, int64_t rows, const T* left,
-                                 const T* right, int64_t rank, const Matrix<T>& matrix, Vec<T> inverse_eps,
-                                 T* const* out, const Fetch& fetch, int64_t ahead) {
-  constexpr int C = OBJSLOT_VECTOR_BYTES == 64 ? 4 : 2;
-  const int64_t m = matrix.m, columns = matrix.columns;
-  int64_t j = 0;
-  for (; j + C * width<T> <= m; j += C * width<T>) {
-    for (int c = 0; c < C; ++c) fetch.advance();
-    correct_columns<T, C, Streamed>(plan, gradient, rows, left, right, rank, columns, j, inverse_eps, out, ahead);
-  }
-  for (; j + width<T> <= m; j += width<T>)
-    correct_columns<T, 1, Streamed>(plan, gradient, rows, left, right, rank, columns, j, inverse_eps, out, ahead);
-  if (j == m) return;
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<T> value = -load_first(gradient[r] + j, m - j);
-    for (int64_t k = 0; k < rank; ++k)
-      value = fused(broadcast(left[k * sweep_rows + r]), load(right + k * columns + j), value);
-    store_first(out[r] + j, -inverse_eps * load_first(plan[r] + j, m - j) * value, m - j);
-  }
-}
-
-// A masked column has no plan, but its scores counted when the rows were first set, with the first y.
-template <class T>
-OBJSLOT_INLINE void fill_holes(const T* row, const Matrix<T>& matrix, T offset, T factor, const T* first,
-                               const T* holes, T* out) {
-  for (int64_t j = 0; j < matrix.m; j += width<T>) {
-    const Vec<T> scores = load_upto(row + j, matrix.m - j);
-    const Vec<T> value = factor * matrix.inverse_eps * load(first + j) *
-                         exp2<T>(fused(scores, broadcast(matrix.scale), broadcast(offset)));
-    store(out + j, load(holes + j) == T(0) ? load(out + j) : value);
-  }
 }
 
 // The last sweep: iteration 0 and the gradient of the scores.
@@ -211,6 +125,7 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
   for (int64_t c = 0; c < matrix.chunks(); ++c) gaps |= w.gaps[c];
   if (gaps && moved > most_moved_with_gaps<T>) return false;
   alone(team, [&] { prepare(g, w, g.count - 1); });
+  const Balance<T> balance = Balance<T>::of(g);
   bool backwards = false;
   for (int64_t t = g.count - 1; t > 0; --t) {
     const T* q = w.right + 2 * t * columns;
@@ -228,12 +143,16 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
       }
     });
     alone(team, [&] {
+      const T shift = balance.shift_rows(g, w);
+      balance.shift_factors(g, w, t, shift);
       add_columns(matrix, w.sums, w.grad_g);
       for (int64_t j = 0; j < columns; j += width<T>) store(w.grad_g + j, -load(w.grad_g + j) * load(q + columns + j));
+      balance.shift_columns(g, w, t, shift);
       prepare(g, w, t - 1);
     });
   }
   finish(g, w, plan, gradient, !backwards, team);
+  alone(team, [&] { balance.shift_rows(g, w); });
   return true;
 }
 
