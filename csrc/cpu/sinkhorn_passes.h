@@ -1,8 +1,10 @@
 // What the Sinkhorn kernels share: one element of the batch, the memory they work in, sweeps over a few rows.
 #pragma once
 
+#include "half_types.h"
 #include "lane_sums.h"
 #include "objslot/threads.h"
+#include "vector_functions.h"
 
 namespace objslot::OBJSLOT_ISA {
 

@@ -1,7 +1,8 @@
 // The thin matrix products of slot attention on one tile of positions, with slots or features as lanes.
 #pragma once
 
-#include "sinkhorn_simd.h"
+#include "half_types.h"
+#include "vector_functions.h"
 
 namespace objslot::OBJSLOT_ISA {
 

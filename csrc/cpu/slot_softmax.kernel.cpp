@@ -1,7 +1,8 @@
 // Softmax over slots, masked and normalised over positions, forward and backward; positions are the lanes.
+#include "half_types.h"
 #include "objslot/slot_attention.h"
 #include "objslot/threads.h"
-#include "sinkhorn_simd.h"
+#include "vector_functions.h"
 
 namespace objslot::OBJSLOT_ISA {
 

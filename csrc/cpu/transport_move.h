@@ -1,7 +1,7 @@
 // The stages of one element after its scores: rows of the plan, and the way forward.
 #pragma once
 
-#include "transport_stages.h"
+#include "transport_scores.h"
 
 namespace objslot::OBJSLOT_ISA {
 

@@ -1,13 +1,9 @@
-// What one element of the batch is worked on in, and its first stage: the scores of the tokens.
+// What one element of the batch is worked on in.
 #pragma once
-
-#include <type_traits>
 
 #include "objslot/transport.h"
 #include "sinkhorn_log.h"
 #include "tile_products.h"
-#include "token_lengths.h"
-#include "vector_products.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -190,152 +186,6 @@ OBJSLOT_INLINE void write_element_row(Element element, void* base, int64_t i, in
   if constexpr (sizeof(T) == 4)
     if (element != Element::float32) return write_half_row(row, base, element, i * size, size);
   copy_row(static_cast<T*>(base) + i * size, row, size, false);
-}
-
-// Factors and units of the tokens of one side.
-template <class T>
-static void make_units(const TransportProblem& p, const Tokens<T>& side, T* buffer, const Team& team) {
-  const int64_t stride = padded<T>(p.features);
-  for (int64_t i = team.begin(side.count); i < team.end(side.count); ++i) {
-    const T* row = token_row(p, side, i, buffer);
-    T* unit = side.unit + i * stride;
-    const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
-    side.factor[i] = factor;
-    for (int64_t k = 0; k < p.features; ++k) unit[k] = row[k] * factor;
-    // So small a factor has lost its digits, unless the token counts as zero.
-    if (sizeof(T) == 4 && factor < T(1e-30) && factor != 0) {
-      const double length = __builtin_sqrt(precise_square(row, p.features));
-      for (int64_t k = 0; k < p.features; ++k) unit[k] = static_cast<T>(row[k] / length);
-    }
-    for (int64_t k = p.features; k < stride; ++k) unit[k] = 0;
-  }
-}
-
-// Calls use(first, rows) for this thread's rows of a result, at most `most` at a time.
-template <class Use>
-OBJSLOT_INLINE void for_groups(int64_t rows, int64_t most, const Team& team, const Use& use) {
-  const int64_t shares = (rows + shared_rows - 1) / shared_rows;
-  const int64_t last = team.end(shares) * shared_rows, end = last < rows ? last : rows;
-  for (int64_t first = team.begin(shares) * shared_rows; first < end; first += most)
-    use(first, end - first < most ? end - first : most);
-}
-
-template <class T>
-static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, const Team& team) {
-  T* buffer = s.rows + team.worker * s.rows_size;
-  const int64_t features = padded<T>(p.features), columns = padded<T>(p.m);
-  make_units(p, s.x, buffer, team);
-  make_units(p, s.y, buffer, team);
-  team.wait();
-  const int64_t first = team.begin((p.features + 15) / 16) * 16, last = team.end((p.features + 15) / 16) * 16;
-  transpose(s.y.unit, p.m, p.features, features, s.transposed, columns, first, last < p.features ? last : p.features);
-  team.wait();
-  for_groups(p.n, p.n, team, [&](int64_t from, int64_t rows) {
-    multiply<T>({s.x.unit + from * features, features, 1}, rows, s.transposed, columns, p.features,
-                s.scores + from * s.stride, s.stride, p.m);
-  });
-}
-
-#ifdef OBJSLOT_TILES
-// The factors of tokens from their squares.
-template <Element E>
-static void find_factors(const TransportProblem& p, const Tokens<float>& side, int64_t first, int64_t rows,
-                         float* buffer) {
-  const float shortest = static_cast<float>(p.shortest * p.shortest);
-  for (int64_t i = first; i < first + rows; i += 16) {
-    const __mmask16 lanes = lanes_upto(first + rows - i);
-    const __m512 square = _mm512_maskz_loadu_ps(lanes, side.square + i);
-    const __m512 factor =
-        _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_max_ps(_mm512_set1_ps(shortest), square)));
-    _mm512_mask_storeu_ps(side.factor + i, lanes, p.cosine ? factor : _mm512_set1_ps(1.f));
-    // Squares this small may be of numbers whose squares are no longer held in full.
-    if (p.cosine && _mm512_mask_cmp_ps_mask(lanes, square, _mm512_set1_ps(1e-20f), _CMP_LT_OQ))
-      for (int64_t j = i; j < i + 16 && j < first + rows; ++j)
-        side.factor[j] = inverse_length(token_row(p, side, j, buffer), p.features, p.shortest);
-  }
-}
-
-// Whether products on tiles were as exact as on vectors: no number overflows in one, and those that count as zero
-// are too small to matter.
-OBJSLOT_INLINE bool suited_tiles(const TransportProblem& p, const Stage<float>& s) {
-  constexpr float most = 1e12f, least = 1e-12f;
-  const float x = largest(s.x.size, p.n), y = largest(s.y.size, p.m);
-  if (!(x <= most && y <= most)) return false;
-  return p.cosine || (x >= least && y >= least && p.eps >= least);
-}
-
-// Tokens are multiplied as they are, and the products brought to those of units afterwards. First the tokens of the
-// columns, as the right factor.
-template <Element E>
-static void lay_right(const TransportProblem& p, const Stage<float>& s, const Team& team) {
-  const int64_t blocks = whole_tiles(p.m) / tile_rows;
-  const Numbers y{s.y.base, p.features, p.m, p.features};
-  const RowSizes sizes{s.y.square, s.y.size};
-  for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
-    const int64_t row = block * tile_rows, rows = p.m - row < tile_rows ? p.m - row : tile_rows;
-    lay_transposed_columns<E, parts_of<E>>(y, block, s.right, &sizes);
-    find_factors<E>(p, s.y, row, rows, s.rows + team.worker * s.rows_size);
-  }
-}
-
-// Then those of the rows, some at a time.
-template <Element E>
-static void multiply_tokens(const TransportProblem& p, const Stage<float>& s, const Team& team) {
-  constexpr int P = parts_of<E>;
-  const int64_t depth = depth_blocks(p.features);
-  uint16_t* left = s.left + team.worker * s.left_size;
-  const Numbers x{s.x.base, p.features, p.n, p.features};
-  const RowSizes sizes{s.x.square, s.x.size};
-  for_groups(p.n, group_rows(p.features, p.m), team, [&](int64_t first, int64_t rows) {
-    const int64_t whole = whole_tiles(rows);
-    for (int64_t block = 0; block < whole / tile_rows; ++block) lay_rows<E, P>(x, first, block, left, &sizes);
-    find_factors<E>(p, s.x, first, rows, s.rows + team.worker * s.rows_size);
-    float* scores = s.scores + first * s.stride;
-    multiply_tiles<P, P>(left, s.right, whole, s.stride, depth, scores, s.stride);
-    for (int64_t i = 0; i < rows && p.cosine; ++i) {
-      const Vec<float> factor = broadcast(s.x.factor[first + i]);
-      for (int64_t j = 0; j < s.stride; j += 16) {
-        float* entry = scores + i * s.stride + j;
-        store(entry, factor * (load(entry) * load(s.y.factor + j)));
-      }
-    }
-  });
-}
-#endif
-
-// Calls use(E) with the element type as a constant of the type.
-template <class Use>
-OBJSLOT_INLINE void with_element(Element element, const Use& use) {
-  if (element == Element::float16)
-    use(std::integral_constant<Element, Element::float16>{});
-  else if (element == Element::bfloat16)
-    use(std::integral_constant<Element, Element::bfloat16>{});
-  else
-    use(std::integral_constant<Element, Element::float32>{});
-}
-
-// The scores of an element, and whether they were made on tiles. Where `laid`, the right factor is that of the call
-// before, which was for the same y.
-template <class T, class Run>
-static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles, bool laid, const Run& run) {
-#ifdef OBJSLOT_TILES
-  if constexpr (sizeof(T) == 4) {
-    if (tiles)
-      with_element(p.element, [&](auto element) {
-        run([&](const Team& team) {
-          if (!laid) lay_right<decltype(element)::value>(p, s, team);
-          team.wait();
-          multiply_tokens<decltype(element)::value>(p, s, team);
-        });
-      });
-    tiles = tiles && suited_tiles(p, s);
-    if (tiles) return true;
-  }
-#endif
-  (void)tiles;
-  (void)laid;
-  run([&](const Team& team) { scores_on_vectors(p, s, team); });
-  return false;
 }
 
 // The part of the workspace that belongs to a worker.
