@@ -20,19 +20,45 @@ constexpr int64_t page = 4096;
 constexpr int64_t huge_page = int64_t{2} << 20;
 constexpr int64_t most_kept = int64_t{64} << 20;
 
-void* allocate(int64_t bytes) {
+int64_t whole_pages(int64_t bytes) {
   const int64_t unit = bytes < huge_page ? page : huge_page;
-  const int64_t size = (bytes + unit - 1) / unit * unit;
-  void* data = std::aligned_alloc(unit, size);
+  return (bytes + unit - 1) / unit * unit;
+}
+
+// A sanitizer watches the heap alone.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+
+// Mapped, not from the heap, which would keep what was given back: a workspace that grows leaves a hole behind.
+void* allocate(int64_t bytes) {
+  const int64_t size = whole_pages(bytes), spare = bytes < huge_page ? 0 : huge_page;
+  void* const mapped = mmap(nullptr, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  char* const begin = static_cast<char*>(mapped);
+  const int64_t skipped = spare ? (huge_page - reinterpret_cast<uintptr_t>(begin) % huge_page) % huge_page : 0;
+  if (skipped > 0) (void)munmap(begin, skipped);
+  if (spare > skipped) (void)munmap(begin + skipped + size, spare - skipped);
+  prefer_huge_pages(begin + skipped, size);
+  return begin + skipped;
+}
+void release(void* data, int64_t bytes) {
+  if (data) (void)munmap(data, whole_pages(bytes));
+}
+
+#else
+
+void* allocate(int64_t bytes) {
+  void* const data = std::aligned_alloc(bytes < huge_page ? page : huge_page, whole_pages(bytes));
   if (!data) throw std::bad_alloc();
-  prefer_huge_pages(data, size);
   return data;
 }
+void release(void* data, int64_t) { std::free(data); }
+
+#endif
 
 struct Kept {
   void* data = nullptr;
   int64_t bytes = 0;
-  ~Kept() { std::free(data); }
+  ~Kept() { release(data, bytes); }
 };
 thread_local Kept kept;
 
@@ -66,13 +92,13 @@ Results& results() {
 
 }  // namespace
 
-Workspace::Workspace(int64_t bytes) : kept_(bytes <= most_kept) {
+Workspace::Workspace(int64_t bytes) : bytes_(bytes), kept_(bytes <= most_kept) {
   if (!kept_) {
     data_ = allocate(bytes);
     return;
   }
   if (kept.bytes < bytes) {
-    std::free(kept.data);
+    release(kept.data, kept.bytes);
     kept = {};
     kept.data = allocate(bytes);
     kept.bytes = bytes;
@@ -81,7 +107,7 @@ Workspace::Workspace(int64_t bytes) : kept_(bytes <= most_kept) {
 }
 
 Workspace::~Workspace() {
-  if (!kept_) std::free(data_);
+  if (!kept_) release(data_, bytes_);
 }
 
 void* take_result(int64_t bytes) {
@@ -112,7 +138,7 @@ void give_result(void* data, int64_t bytes) {
       all.blocks.erase(all.blocks.begin());
     }
   }
-  for (const Block& block : leaving) std::free(block.data);
+  for (const Block& block : leaving) release(block.data, block.bytes);
 }
 
 void release_results() {
@@ -123,7 +149,7 @@ void release_results() {
     leaving.swap(all.blocks);
     all.bytes = 0;
   }
-  for (const Block& block : leaving) std::free(block.data);
+  for (const Block& block : leaving) release(block.data, block.bytes);
 }
 
 void prefer_huge_pages(void* data, int64_t bytes) {

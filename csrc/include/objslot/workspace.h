@@ -17,6 +17,7 @@ class Workspace {
 
  private:
   void* data_;
+  int64_t bytes_;
   bool kept_;
 };
 
