@@ -119,16 +119,15 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
 }
 
 #ifdef OBJSLOT_TILES
-// The slots of an element of the batch by lane, times a factor; zeros in padding. Rows are of whole blocks.
+// The slots of an element of the batch by lane; zeros in padding. Rows are of whole blocks.
 static void lane_rows(const void* slots, Element element, int64_t offset, const Layout& layout, int64_t columns,
-                      float factor, float* buffer, float* rows) {
+                      float* buffer, float* rows) {
   const int64_t stride = blocks_of(columns) * block;
   if (layout.groups * layout.slots < layout.lanes || stride > columns) clear(rows, layout.lanes * stride);
   for (int64_t g = 0; g < layout.groups; ++g)
     for (int64_t i = 0; i < layout.slots; ++i) {
       const float* row = read_row<float>(slots, element, offset + (g * layout.slots + i) * columns, columns, buffer);
-      float* to = rows + (g * layout.step + i) * stride;
-      for (int64_t d = 0; d < columns; ++d) to[d] = factor * row[d];
+      __builtin_memcpy(rows + (g * layout.step + i) * stride, row, static_cast<size_t>(columns) * sizeof(float));
     }
 }
 
@@ -140,9 +139,10 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
                 stride = sums_stride<float>(p, p.value_width);
   const int64_t keys = batch * p.k_stride, values = batch * p.v_stride;
   lane_constants<float>(p, layout, batch, s.buffer, s.eps, s.bias);
-  lane_rows(p.q, p.slot_element, batch * p.q_stride, layout, p.width, static_cast<float>(p.scale), s.buffer, s.rows);
+  lane_rows(p.q, p.slot_element, batch * p.q_stride, layout, p.width, s.buffer, s.rows);
   if (!sound_rows(s.rows, lanes, columns, columns)) return false;
-  pack_lanes_right<P>(s.rows, lanes, columns, s.packed);
+  pack_lanes_right<P, query_parts<P>>(s.rows, lanes, columns, s.packed);
+  const float factor = static_cast<float>(p.scale * 1.44269504088896340736);
   clear(s.sums, lanes * stride);
   clear(s.mass, lanes);
   for (int64_t from = begin; from < end; from += tile) {
@@ -152,8 +152,8 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
     if (p.row_mean) normalise(rows, p, batch, from, s.live);
     const Ahead next_keys = tile_ahead(p.k, p.element, keys, p.k_row_stride, p.width, from + tile, end);
     rows.ahead = tile_ahead(p.v, p.element, values, p.v_row_stride, p.value_width, from, end);
-    multiply_rows<P>(rows, s.packed, lanes, s.words, s.weights);
-    if (!finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false)) return false;
+    multiply_rows<P, query_parts<P>>(rows, s.packed, lanes, s.words, s.weights);
+    if (!finish_products(s.weights, s.live.count, lanes, factor, s.bias, false)) return false;
     if (r.logits) write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
     with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s); });
     pack_weights_turned<slot_parts<P>>(s.weights, s.live.count, lanes, s.packed_weights);

@@ -166,6 +166,18 @@ OBJSLOT_INLINE Vec<T> reduce_segments(Vec<T> v) {
   }
 }
 
+// One over a sum of powers, to about a unit in the last place: a division takes as long as the power.
+template <class T>
+OBJSLOT_INLINE Vec<T> inverse_of(Vec<T> sum) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> first = (Vec<T>)_mm512_rcp14_ps((__m512)sum);
+    return fused(first, fused(-first, sum, broadcast(T(1))), first);
+  }
+#endif
+  return T(1) / sum;
+}
+
 // Turns the logits of a position, in units of log2, into probabilities. Step 0: groups of several vectors.
 template <class T, int Step>
 OBJSLOT_INLINE void softmax_lanes(T* row, const Layout& layout) {
@@ -173,7 +185,7 @@ OBJSLOT_INLINE void softmax_lanes(T* row, const Layout& layout) {
     for (int64_t z = 0; z < layout.lanes; z += width<T>) {
       const Vec<T> logit = load(row + z);
       const Vec<T> power = exp2<T>(logit - reduce_segments<T, Step, true>(logit));
-      store(row + z, power / reduce_segments<T, Step, false>(power));
+      store(row + z, power * inverse_of<T>(reduce_segments<T, Step, false>(power)));
     }
   } else {
     for (int64_t begin = 0; begin < layout.lanes; begin += layout.step) {

@@ -144,10 +144,10 @@ OBJSLOT_INLINE int64_t words_of(int64_t lanes, int64_t columns) {
   return (rows > sums ? rows : sums) * row_parts<P> * block_words;
 }
 
-template <Precision P, Reading R, Sums S>
+template <Precision P, int Parts, Reading R, Sums S>
 static void multiply_rows_as(const TileRows& rows, const uint32_t* right, int64_t lanes, uint32_t* words, float* out) {
   constexpr int high = S == Sums::square ? 2 : 4, across = S == Sums::square ? 2 : 1;
-  constexpr int64_t step = high * row_parts<P> * block_words, thin = slot_parts<P> * block_words;
+  constexpr int64_t step = high * row_parts<P> * block_words, thin = Parts * block_words;
   const int64_t depth = depth_of(rows.columns), strips = lanes / block;
   // Words that no other strip needs are soon written over.
   const int64_t kept = strips > across ? depth : 2;
@@ -175,11 +175,11 @@ static void multiply_rows_as(const TileRows& rows, const uint32_t* right, int64_
           splitter.begin(row, (k + 1) * block_depth, 1, words + (k + 1) % kept * step);
         const Blocks slots{with, depth * thin};
         if constexpr (S == Sums::tall)
-          multiply_strip<row_parts<P>, slot_parts<P>, true>(left, slots, between);
+          multiply_strip<row_parts<P>, Parts, true>(left, slots, between);
         else if (both)
-          multiply_square<row_parts<P>, slot_parts<P>, true, true>(left, slots, between);
+          multiply_square<row_parts<P>, Parts, true, true>(left, slots, between);
         else
-          multiply_square<row_parts<P>, slot_parts<P>, true, false>(left, slots, between);
+          multiply_square<row_parts<P>, Parts, true, false>(left, slots, between);
         if constexpr (R != Reading::direct) splitter.finish();
       }
       store_sums<S>(out + row * lanes + strip * block, lanes, true, both);
@@ -189,14 +189,15 @@ static void multiply_rows_as(const TileRows& rows, const uint32_t* right, int64_
 
 // out (tile, lanes) = rows times the transposed slots (lanes, columns), packed. Writes whole pairs of blocks of rows,
 // or four blocks at once.
-template <Precision P>
+template <Precision P, int Parts = slot_parts<P>>
 static void multiply_rows(const TileRows& rows, const uint32_t* right, int64_t lanes, uint32_t* words, float* out) {
   if (lanes == block)
-    with_reading<P>(rows, 4 * block, block_depth, true,
-                    [&](auto reading) { multiply_rows_as<P, reading(), Sums::tall>(rows, right, lanes, words, out); });
+    with_reading<P>(rows, 4 * block, block_depth, true, [&](auto reading) {
+      multiply_rows_as<P, Parts, reading(), Sums::tall>(rows, right, lanes, words, out);
+    });
   else
     with_reading<P>(rows, 2 * block, block_depth, true, [&](auto reading) {
-      multiply_rows_as<P, reading(), Sums::square>(rows, right, lanes, words, out);
+      multiply_rows_as<P, Parts, reading(), Sums::square>(rows, right, lanes, words, out);
     });
 }
 

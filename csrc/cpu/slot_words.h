@@ -30,6 +30,10 @@ constexpr int row_parts = P == Precision::exact   ? 1
 template <Precision P>
 constexpr int slot_parts = P == Precision::thrice ? 3 : 2;
 
+// Slots alone, where nothing has been multiplied with them: queries are numbers of bfloat16, or as good as those.
+template <Precision P>
+constexpr int query_parts = P == Precision::exact ? 1 : slot_parts<P>;
+
 // Values that the splitting and the sums keep whole: a row whose largest entry is outside goes without tiles. A tile
 // takes subnormal numbers for zero.
 constexpr float least_entry = 8.0779357e-28f, most_entry = 1.1529215e18f;  // 2^-90, 2^60
@@ -87,9 +91,8 @@ OBJSLOT_INLINE void split_nearest(__m512 x, __m512 y, uint32_t* to) {
 
 // Rows (lanes, columns) of floats as right factors of products with rows of keys: (blocks of lanes, depth, parts).
 // Sides are multiples of 16. `exact` rows of keys pair neighbouring places.
-template <Precision P>
+template <Precision P, int parts = slot_parts<P>>
 static void pack_lanes_right(const float* rows, int64_t lanes, int64_t columns, uint32_t* to) {
-  constexpr int parts = slot_parts<P>;
   for (int64_t lane = 0; lane < lanes; lane += block)
     for (int64_t d = 0; d < columns; d += block_depth, to += parts * block_words) {
       __m512 place[block_depth];
