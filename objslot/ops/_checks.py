@@ -60,6 +60,15 @@ def expandable(name: str, value: Tensor, expected: Sequence[int], layout: str) -
         )
 
 
+def expanded(name: str, value: Tensor, expected: Sequence[int], layout: str) -> Tensor:
+    """`value`, checked by `expandable`, in the shape `expected`."""
+    if value.shape == tuple(expected):
+        # Nothing for autograd to record.
+        return value
+    expandable(name, value, expected, layout)
+    return value.expand(expected)
+
+
 def positive(name: str, value: object) -> None:
     """`value` is a finite real number above zero."""
     if type(value) is float and 0 < value < float("inf"):

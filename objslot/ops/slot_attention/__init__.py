@@ -71,17 +71,15 @@ def slot_attention(
     _checks.positive("scale", scale)
     _checks.positive("eps", eps)
     batch, positions = _batch(q, k, v), k.shape[-2]
-    _checks.expandable("k", k, (*batch, positions, q.shape[-1]), "(..., n, d)")
-    q, k = q.expand(*batch, *q.shape[-3:]), k.expand(*batch, *k.shape[-2:])
+    k = _checks.expanded("k", k, (*batch, positions, q.shape[-1]), "(..., n, d)")
+    q = _checks.expanded("q", q, (*batch, *q.shape[-3:]), "(..., g, p, d)")
     if v is not None:
         _checks.like("v", v, "q", q)
         check_sizes("v", v.shape, features=-1)
-        _checks.expandable("v", v, (*batch, positions, v.shape[-1]), "(..., n, e)")
-        v = v.expand(*batch, *v.shape[-2:])
+        v = _checks.expanded("v", v, (*batch, positions, v.shape[-1]), "(..., n, e)")
     if bias is not None:
         _checks.like("bias", bias, "q", q)
-        _checks.expandable("bias", bias, q.shape[:-1], "(..., g, p)")
-        bias = bias.expand(q.shape[:-1])
+        bias = _checks.expanded("bias", bias, q.shape[:-1], "(..., g, p)")
     if mask is not None:
         mask = prepare_mask(mask, q, "q", (*batch, q.shape[-3], positions))
     updates, logits = autograd.slot_attention(q, k, v, mask, bias, scale, eps, return_logits, backend)

@@ -65,5 +65,4 @@ def prepare_mask(mask: Tensor, like: Tensor, like_name: str, shape: tuple[int, .
         raise ValueError(f"mask: expected device {like.device}, that of {like_name}, got {mask.device}")
     if mask.dtype != torch.bool:
         _checks.floating("mask", mask)
-    _checks.expandable("mask", mask, shape, "(..., g, n)")
-    return mask.to(like.dtype).expand(shape)
+    return _checks.expanded("mask", mask.to(like.dtype), shape, "(..., g, n)")
