@@ -61,17 +61,6 @@ inline void check_dense(const char* name, std::uintptr_t address, int64_t bytes,
   check_span(name, address, bytes, {{count, 1}});
 }
 
-inline int64_t bytes_of(Element element) {
-  switch (element) {
-    case Element::float64: return 8;
-    case Element::float32: return 4;
-    default: return 2;
-  }
-}
-
-// Bytes of the type that elements are computed in.
-inline int64_t arithmetic_bytes_of(Element element) { return element == Element::float64 ? 8 : 4; }
-
 // The address of elements, aligned to their size; null where `required` is false and the address is 0.
 inline char* elements(const char* name, std::uintptr_t address, int64_t bytes, bool required = true) {
   check_address(name, address, static_cast<std::uintptr_t>(bytes), required);

@@ -76,9 +76,9 @@ void objslot::bind_slot_loop(py::module_& module) {
       }));
   module.def(
       "slot_loop_forward",
-      [](const SlotLoopProblem& p, Address initial, int64_t iterations, int64_t kept_from,
-         const std::vector<std::array<Address, 4>>& given, std::array<Address, 2> statistics, double x_eps,
-         const std::vector<Address>& logits, Address slots, int threads) {
+      [](const SlotLoopProblem& p, Address initial, int64_t initial_stride, int64_t iterations, int64_t kept_from,
+         const std::vector<std::array<Address, 4>>& given, std::array<Address, 2> statistics, bool measured,
+         double x_eps, const std::vector<Address>& logits, Address slots, int threads) {
         if (p.batch == 0) return;
         if (iterations < 1 || kept_from < 0 || kept_from > iterations ||
             static_cast<int64_t>(given.size()) < iterations - kept_from)
@@ -88,6 +88,8 @@ void objslot::bind_slot_loop(py::module_& module) {
         if (static_cast<int64_t>(logits.size()) != iterations)
           throw std::invalid_argument("slot_loop_forward: expected the logits of every iteration");
         const LoopMemory memory{p};
+        objslot::check_span("initial", initial, memory.bytes,
+                            {{p.batch, initial_stride}, {p.groups * p.slots * p.width, 1}});
         std::vector<SlotLoopKept> keep;
         keep.reserve(given.size());
         for (const auto& one : given) keep.push_back(memory.kept(one));
@@ -96,46 +98,43 @@ void objslot::bind_slot_loop(py::module_& module) {
         for (Address one : logits)
           targets.push_back(objslot::elements("logits", one, objslot::bytes_of(p.element), false));
         slot_loop_forward(p,
-                          {memory.at("initial", initial), iterations, kept_from, keep.data(),
+                          {memory.at("initial", initial), initial_stride, iterations, kept_from, keep.data(),
                            memory.at("mean", statistics[0], memory.some && !half),
-                           memory.at("inverse", statistics[1], memory.some && !half), x_eps, targets.data(),
+                           memory.at("inverse", statistics[1], memory.some && !half), measured, x_eps, targets.data(),
                            memory.at("slots", slots)},
                           objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
-  module.def("slot_loop_packed_size", &slot_loop_packed_size);
   module.def(
       "slot_loop_backward",
-      [](const SlotLoopProblem& p, Address packed, bool pack, std::array<Address, 4> one,
-         std::array<Address, 2> statistics, std::array<Address, 2> upper, Address grad_start, Address grad_x,
-         bool add_to_x, bool finish_x, Address grad_mask, bool add_to_mask, std::array<Address, 9> matrices,
-         std::array<Address, 9> sums, int threads) {
-        if (p.batch == 0) return;
+      [](const SlotLoopProblem& p, const std::vector<std::array<Address, 4>>& given, std::array<Address, 2> statistics,
+         std::array<Address, 2> upper, Address grad_initial, Address grad_x, bool add_to_x, bool finish_x,
+         Address grad_mask, std::array<Address, 16> layers, int threads) {
+        if (given.empty()) throw std::invalid_argument("slot_loop_backward: expected what an iteration kept");
         if (p.element == Element::bfloat16) throw std::invalid_argument("slot_loop_backward: not in bfloat16");
         if (grad_mask && !p.mask) throw std::invalid_argument("grad_mask: wanted without a mask");
-        const bool gated = p.layers.input_gates != nullptr;
-        if (sums[6] && !gated) throw std::invalid_argument("sums: wanted of gates that are not there");
+        const bool gated = p.layers.input_gates != nullptr, some = p.batch > 0;
+        for (int k = 8; k < 12; ++k)
+          if (layers[k] && !gated) throw std::invalid_argument("layers: wanted of gates that are not there");
         const LoopMemory memory{p};
-        SlotLoopBackward b{};
-        b.packed = memory.at("packed", packed);
-        b.pack = pack;
-        b.kept = memory.kept(one);
-        b.mean = memory.at("mean", statistics[0], memory.some);
-        b.inverse = memory.at("inverse", statistics[1], memory.some);
-        b.grad_slots = memory.at("grad_slots", upper[0]);
-        b.grad_logits = memory.at("grad_logits", upper[1], false);
-        b.grad_start = memory.at("grad_start", grad_start);
-        b.grad_x = memory.at("grad_x", grad_x, false);
-        b.add_to_x = add_to_x;
-        b.finish_x = finish_x;
-        b.grad_mask = memory.at("grad_mask", grad_mask, false);
-        b.add_to_mask = add_to_mask;
-        void** const matrix[9] = {&b.normed_slots, &b.grad_query, &b.grad_constant, &b.updates,    &b.grad_updates,
-                                  &b.grad_gates,   &b.normed_mlp, &b.hidden,        &b.grad_hidden};
-        for (int k = 0; k < 9; ++k) *matrix[k] = memory.at("matrices", matrices[k], gated || k != 5);
-        void** const sum[9] = {&b.norm_slots, &b.norm_slots_bias, &b.norm_mlp,    &b.norm_mlp_bias, &b.query_bias,
-                               &b.value_bias, &b.gates_bias,      &b.mlp_in_bias, &b.mlp_out_bias};
-        for (int k = 0; k < 9; ++k) *sum[k] = memory.at("sums", sums[k], false);
+        std::vector<SlotLoopKept> keep;
+        keep.reserve(given.size());
+        for (const auto& one : given) keep.push_back(some ? memory.kept(one) : SlotLoopKept{});
+        SlotLoopBackward b{static_cast<int64_t>(keep.size()),
+                           keep.data(),
+                           memory.at("mean", statistics[0], some && memory.some),
+                           memory.at("inverse", statistics[1], some && memory.some),
+                           memory.at("grad_slots", upper[0], false),
+                           memory.at("grad_logits", upper[1], false),
+                           memory.at("grad_initial", grad_initial, some),
+                           memory.at("grad_x", grad_x, false),
+                           add_to_x,
+                           finish_x,
+                           memory.at("grad_mask", grad_mask, false),
+                           {}};
+        void** const layer = reinterpret_cast<void**>(&b.layers);
+        static_assert(sizeof(SlotLayerGradients) == 16 * sizeof(void*));
+        for (int k = 0; k < 16; ++k) layer[k] = memory.at("layers", layers[k], false);
         slot_loop_backward(p, b, objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());

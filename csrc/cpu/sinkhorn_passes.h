@@ -217,11 +217,6 @@ OBJSLOT_INLINE void add_block(const T* rows, int64_t stride, int64_t count, cons
 }
 
 template <class T>
-OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t left) {
-  return left < width<T> ? load_first(p, left) : load(p);
-}
-
-template <class T>
 OBJSLOT_INLINE void fill(T* p, int64_t count, T value) {
   for (int64_t j = 0; j < count; ++j) p[j] = value;
 }

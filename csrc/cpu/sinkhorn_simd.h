@@ -230,4 +230,16 @@ OBJSLOT_INLINE void end_of_stream() {
 #endif
 }
 
+template <class T>
+OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t count) {
+  return count >= width<T> ? load(p) : load_first(p, count);
+}
+template <class T>
+OBJSLOT_INLINE void store_upto(T* p, Vec<T> v, int64_t count) {
+  if (count >= width<T>)
+    store(p, v);
+  else
+    store_first(p, v, count);
+}
+
 }  // namespace objslot::OBJSLOT_ISA

@@ -5,12 +5,6 @@
 
 namespace objslot {
 
-namespace {
-
-int64_t bytes_of(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
-
-}  // namespace
-
 void slot_attention_forward(const SlotAttentionProblem& p, const SlotAttentionResult& result, int threads) {
   if (p.batch == 0) return;
   const SlotAttentionKernels& table = kernels<SlotAttentionKernels>();

@@ -36,18 +36,6 @@ OBJSLOT_INLINE void for_blocks(const SlotRows& p, int threads, const Body& body)
   });
 }
 
-template <class T>
-OBJSLOT_INLINE Vec<T> load_upto(const T* p, int64_t count) {
-  return count >= width<T> ? load(p) : load_first(p, count);
-}
-template <class T>
-OBJSLOT_INLINE void store_upto(T* p, Vec<T> v, int64_t count) {
-  if (count >= width<T>)
-    store(p, v);
-  else
-    store_first(p, v, count);
-}
-
 // out[row][...] = a[row] w + bias (+ out) for 4 * R rows (1 row where R is 0) and KV vectors of outputs.
 template <class T, int KV, int R>
 OBJSLOT_INLINE void multiply_block(const T* a, int64_t stride, int64_t inner, const T* w, const T* bias, T* out,

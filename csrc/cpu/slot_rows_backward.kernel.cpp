@@ -19,7 +19,8 @@ static BackScratch<T> back_scratch(const SlotRows& p, int threads, Shelf& shelf)
   s.grad = shelf.take<T>(rows * padded<T>(p.width));
   s.moments = shelf.take<Moments<T>>(rows);
   int64_t inner = p.hidden > p.input_width ? p.hidden : p.input_width;
-  if (inner < 3 * p.width) inner = 3 * p.width;
+  const int64_t widest = p.layers.input_gates ? 3 * p.width : p.width;
+  if (inner < widest) inner = widest;
   s.words = shelf.take<uint32_t>(operand_size(p, rows, inner));
   return s;
 }
@@ -102,7 +103,7 @@ static void back_through_gates(const SlotRows& p, const T* slots, const T* gates
 }
 
 template <class T>
-static void means_block(const SlotRows& p, const SlotLoopBackward& b, const BackScratch<T>& s, int64_t first,
+static void means_block(const SlotRows& p, const SlotRowsGradient& b, const BackScratch<T>& s, int64_t first,
                         int64_t rows, T* grad_means, T* query, T* constant, void* const* norm_sums) {
   const int64_t stride = padded<T>(p.width), chunk = first / row_chunk * p.width;
   const auto given = [&](const void* base, int64_t columns) {
@@ -122,6 +123,10 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
   T* grad_updates = wanted(b.grad_updates, p.width);
   T* grad_gates = wanted(b.grad_gates, 4 * p.width);
   T* grad_start = wanted(b.grad_start, p.width);
+  if (T* const upper = wanted(b.upper, p.width)) {
+    __builtin_memcpy(upper, grad_slots, static_cast<size_t>(rows * p.width) * sizeof(T));
+    grad_slots = upper;
+  }
 
   make_updates<T>(p, given(b.kept.means, p.input_width), mass, rows, updates, p.width, s.words);
   make_middle<T>(p, slots, updates, gates, rows, s.middle, stride);
@@ -170,7 +175,7 @@ static void means_block(const SlotRows& p, const SlotLoopBackward& b, const Back
 }
 
 template <class T>
-static void run_to_means(const SlotRows& p, const SlotLoopBackward& b, void* grad_means, void* query, void* constant,
+static void run_to_means(const SlotRows& p, const SlotRowsGradient& b, void* grad_means, void* query, void* constant,
                          void* const* norm_sums, void* workspace, int threads) {
   Shelf counter{nullptr};
   back_scratch<T>(p, threads, counter);
@@ -184,7 +189,7 @@ static void run_to_means(const SlotRows& p, const SlotLoopBackward& b, void* gra
 }
 
 template <class T>
-static void run_to_start(const SlotRows& p, const SlotLoopBackward& b, void* const* norm_sums, void* workspace,
+static void run_to_start(const SlotRows& p, const SlotRowsGradient& b, void* const* norm_sums, void* workspace,
                          int threads) {
   Shelf counter{nullptr};
   back_scratch<T>(p, threads, counter);
@@ -214,34 +219,6 @@ static void run_to_start(const SlotRows& p, const SlotLoopBackward& b, void* con
   });
 }
 
-template <class T>
-static void run_sum_rows(const RowSum* list, int64_t count, int threads) {
-  constexpr int64_t block = 4 * width<T>;
-  int64_t blocks = 0;
-  for (int64_t k = 0; k < count; ++k) blocks += (list[k].columns + block - 1) / block;
-  parallel_for(blocks, threads, [&](int64_t first, int64_t last, int) {
-    const FlushSubnormals flush;
-    int64_t at = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const RowSum& m = list[k];
-      for (int64_t c = 0; c < m.columns; c += block, ++at) {
-        if (at < first || at >= last) continue;
-        Vec<T> total[4] = {};
-        const int64_t columns = m.columns - c < block ? m.columns - c : block;
-        const T* row = static_cast<const T*>(m.data) + c;
-        for (int64_t j = 0; j < m.rows; ++j, row += m.stride)
-          for (int64_t z = 0; z * width<T> < columns; ++z)
-            total[z] += load_upto(row + z * width<T>, columns - z * width<T>);
-        T* out = static_cast<T*>(m.out) + c;
-        for (int64_t z = 0; z * width<T> < columns; ++z) {
-          const int64_t d = z * width<T>;
-          store_upto(out + d, total[z] + load_upto(out + d, columns - d), columns - d);
-        }
-      }
-    }
-  });
-}
-
 static int64_t back_workspace(const SlotRows& p, int threads) {
   Shelf shelf{nullptr};
   if (p.element == Element::float64)
@@ -253,7 +230,7 @@ static int64_t back_workspace(const SlotRows& p, int threads) {
 
 static int64_t chunks(int64_t rows) { return (rows + row_chunk - 1) / row_chunk; }
 
-static void to_means(const SlotRows& p, const SlotLoopBackward& b, void* grad_means, void* query, void* constant,
+static void to_means(const SlotRows& p, const SlotRowsGradient& b, void* grad_means, void* query, void* constant,
                      void* const* norm_sums, void* workspace, int threads) {
   if (p.element == Element::float64)
     run_to_means<double>(p, b, grad_means, query, constant, norm_sums, workspace, threads);
@@ -261,7 +238,7 @@ static void to_means(const SlotRows& p, const SlotLoopBackward& b, void* grad_me
     run_to_means<float>(p, b, grad_means, query, constant, norm_sums, workspace, threads);
 }
 
-static void to_start(const SlotRows& p, const SlotLoopBackward& b, void* const* norm_sums, void* workspace,
+static void to_start(const SlotRows& p, const SlotRowsGradient& b, void* const* norm_sums, void* workspace,
                      int threads) {
   if (p.element == Element::float64)
     run_to_start<double>(p, b, norm_sums, workspace, threads);
@@ -269,13 +246,6 @@ static void to_start(const SlotRows& p, const SlotLoopBackward& b, void* const* 
     run_to_start<float>(p, b, norm_sums, workspace, threads);
 }
 
-static void sum_rows(Element element, const RowSum* list, int64_t count, int threads) {
-  if (element == Element::float64)
-    run_sum_rows<double>(list, count, threads);
-  else
-    run_sum_rows<float>(list, count, threads);
-}
-
 }  // namespace objslot::OBJSLOT_ISA
 
-OBJSLOT_KERNELS(SlotRowsBackwardKernels, back_workspace, chunks, to_means, to_start, sum_rows)
+OBJSLOT_KERNELS(SlotRowsBackwardKernels, back_workspace, chunks, to_means, to_start)

@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, linear
 from objslot.ops import _backends, _checks
 from objslot.ops._arithmetic import compute_dtype
 from objslot.ops.slot_attention import slot_attention
-from objslot.ops.slot_loop import Epsilons, Layers, half, slot_loop
+from objslot.ops.slot_loop import Epsilons, Inputs, Layers, half, slot_loop_in_turn
 
 UPDATES = ("residual", "gru")
 # Half types gain by all iterations in one call, in float32, while the layers are small: beyond, products of bfloat16
@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     projected to values. Where `inputs` are there, all iterations run in one call and normalise them: no `keys`.
     """
 
-    inputs: Tensor | None
+    inputs: Inputs | None
     keys: Tensor | None
     values: Tensor | None
     query_weight: Tensor
@@ -100,7 +100,8 @@ class SlotCore(nn.Module):
             query_bias = None if query.bias is None else keys @ query.bias
             folded = (keys @ query.weight, query_bias, value_weight, value_bias)
             if one_call:
-                return Memory(x.to(dtype), None, None, *folded)
+                layers = (None if layer is None else layer.to(dtype) for layer in self._layers(folded))
+                return Memory(Inputs(x.to(dtype), Layers(*layers)), None, None, *folded)
             return Memory(None, self._normed(x), None, *folded)
         x = self._normed(x)
         keys, values = linear(x, key_weight, key_bias), linear(x, value_weight, value_bias)
@@ -132,7 +133,7 @@ class SlotCore(nn.Module):
         if self.heads > 1:
             query = query.unflatten(-1, (self.heads, -1)).movedim(-2, -4)
             mask = None if mask is None else mask.unsqueeze(-3)
-        keys = self._normed(memory.inputs) if memory.keys is None else memory.keys
+        keys = self._normed(memory.inputs.x) if memory.keys is None else memory.keys
         dtype = keys.dtype
         found = slot_attention(
             query.to(dtype), keys, memory.values, mask,
@@ -172,25 +173,25 @@ class SlotCore(nn.Module):
         iterations: int,
         only_last: bool,
         return_iterations: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`iterations` steps from `initial` (..., g, p, width): slots, last logits, logits of every step.
+    ) -> tuple[Tensor, Tensor, list[Tensor], Memory]:
+        """`iterations` steps from `initial` (..., g, p, width): slots, last logits, logits of every step, and the
+        memory for the next of the stages.
 
         With `only_last` the gradient passes through the last step and then straight to `initial`, as if the
         earlier steps had not changed the slots; nothing of the earlier steps is kept for the backward pass.
         """
         if memory.inputs is not None:
-            dtype, given = memory.inputs.dtype, initial.dtype
+            dtype, given = memory.inputs.x.dtype, initial.dtype
             if mask is not None and mask.is_floating_point():
                 mask = mask.to(dtype)
-            layers = Layers(*(None if layer is None else layer.to(dtype) for layer in self._layers(memory)))
-            found = slot_loop(
-                memory.inputs, initial.to(dtype), mask, layers,
+            *found, inputs = slot_loop_in_turn(
+                memory.inputs, initial.to(dtype), mask,
                 scale=self.scale, eps=self._epsilons(), iterations=iterations, only_last=only_last,
                 return_iterations=return_iterations,
             )  # fmt: skip
             slots, logits, before = (result.to(given) for result in found)
-            earlier = before.unbind() if iterations > 1 else ()
-            return slots, logits, [*earlier, logits.detach()] if return_iterations else []
+            history = [*(before.unbind() if iterations > 1 else ()), logits.detach()] if return_iterations else []
+            return slots, logits, history, memory._replace(inputs=inputs)
         kept = torch.is_grad_enabled()
         # Iterations that nobody goes back through.
         passing = iterations if not kept else iterations - 1 if only_last else 0
@@ -204,33 +205,33 @@ class SlotCore(nn.Module):
                 if return_iterations:
                     history.append(logits.detach())
         if done == iterations:
-            return slots, logits, history
+            return slots, logits, history, memory
         if kept and only_last and iterations > 1:
             slots = straight_through(slots, initial)
         slots, logits = self.step(slots, memory, mask, want_logits=True)
         if return_iterations:
             history.append(logits.detach())
-        return slots, logits, history
+        return slots, logits, history, memory
 
     def _pass_in_one_call(self, initial: Tensor, memory: Memory, mask: Tensor | None) -> bool:
         folded = memory.values is None and self.combine is None and memory.keys is not None
-        return folded and half.serves(memory.keys, initial, mask, self._layers(memory))
+        return folded and half.serves(memory.keys, initial, mask, self._layers(memory[3:]))
 
     def _pass(
         self, initial: Tensor, memory: Memory, mask: Tensor | None, iterations: int, return_iterations: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As `iterate`, without gradient."""
         slots, logits, earlier = half.forward(
-            memory.keys, initial, mask, self._layers(memory),
+            memory.keys, initial, mask, self._layers(memory[3:]),
             scale=self.scale, eps=self._epsilons(), iterations=iterations, return_iterations=return_iterations,
         )  # fmt: skip
         return slots, logits, [*earlier, logits] if return_iterations else []
 
-    def _layers(self, memory: Memory) -> Layers:
+    def _layers(self, projections: tuple[Tensor | None, ...]) -> Layers:
         gru, mlp = self.gru, self.mlp
         gates = (None,) * 4 if gru is None else (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
         norms = (self.norm_slots.weight, self.norm_slots.bias, self.norm_mlp.weight, self.norm_mlp.bias)
-        return Layers(*memory[3:], *norms, *gates, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+        return Layers(*projections, *norms, *gates, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
 
     def _epsilons(self) -> Epsilons:
         return Epsilons(self.eps, self.norm_inputs.eps, self.norm_slots.eps, self.norm_mlp.eps)

@@ -141,14 +141,14 @@ class SemanticSlotAttention(SlotCore):
 
         start = self.mu.expand(*batch, 1, self.semantics, self.width)
         positions = None if mask is None else mask.unsqueeze(-2)
-        slots, logits, semantic_history = self.iterate(start, memory, positions, **settings)
+        slots, logits, semantic_history, memory = self.iterate(start, memory, positions, **settings)
         semantic_slots, semantic_logits = slots.squeeze(-3), logits.squeeze(-3)
         semantic = semantic_logits.softmax(-2)
 
         initial = self.mu.unsqueeze(-2) + self.sigma.unsqueeze(-2) * noise
         start = initial.expand(*batch, *initial.shape[-3:])
         inside = self._inside(semantic, semantic_logits, positions)
-        instance_slots, instance_logits, instance_history = self.iterate(start, memory, inside, **settings)
+        instance_slots, instance_logits, instance_history, _ = self.iterate(start, memory, inside, **settings)
 
         history = None
         if return_iterations:

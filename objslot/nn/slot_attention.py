@@ -112,7 +112,7 @@ class SlotAttention(SlotCore):
                 raise ValueError("slots: expected None beside initial slots, which say how many there are")
             _checks.expandable("initial", initial, (*x.shape[:-2], *initial.shape[-2:-1], self.width), "(..., s, D)")
             initial = initial.expand(*x.shape[:-2], *initial.shape[-2:])
-        final, logits, history = self.iterate(
+        final, logits, history, _ = self.iterate(
             initial.unsqueeze(-3),
             self.memory(x, initial.shape[-2] * iterations),
             None if mask is None else mask.unsqueeze(-2),

@@ -7,7 +7,7 @@ from torch.nn.functional import layer_norm, linear
 
 from objslot.errors import BackendError
 from objslot.ops import _backends, explain, slot_attention
-from objslot.ops.slot_loop import Epsilons, Layers, slot_loop
+from objslot.ops.slot_loop import Epsilons, Inputs, Layers, slot_loop, slot_loop_in_turn
 from objslot.ops.slot_loop import autograd as registration
 
 BACKENDS = _backends.registered()["slot_loop"]
@@ -189,19 +189,68 @@ def test_only_the_gradients_asked_for():
 
 
 def test_threads_do_not_change_the_result():
+    """However many parts of the batch they take together."""
     before = torch.get_num_threads()
-    for shape in (SHAPES[4], (40, 1, 7, 30, 32, 32, 48)):
-        arguments, found = [x if x is None else x.float() for x in problem(shape)], []
+    for shape in (SHAPES[4], (200, 1, 7, 30, 32, 32, 48), (45, 3, 8, 9, 17, 33, 20)):
+        arguments, found = [x if x is None else x.float() for x in problem(shape, masked=True)], []
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 found.append(evaluate(call("cpu"), arguments))
         finally:
             torch.set_num_threads(before)
-        # The matrices' gradients are products by PyTorch, which may add up otherwise.
         for others in found[1:]:
-            for mine, theirs in zip(found[0], others, strict=True):
-                assert torch.equal(mine, theirs) if mine.dim() != 2 else torch.allclose(mine, theirs, rtol=1e-4)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 1, 7, 30, 32, 32, 48), (600, 1, 1, 5, 40, 24, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_budget_of_many_parts(shape, dtype):
+    check_budget(call(), plain, problem(shape, masked=True), dtype)
+
+
+def two_stages(inputs, mask, initial, later, *, apart=False, **options):
+    """Slots and logits of two calls, the second inside the semantics of the first."""
+    settings = {"scale": SCALE, "eps": EPS, "iterations": 2, **options}
+    slots, logits, _, handed = slot_loop_in_turn(inputs, initial, mask, **settings)
+    inside = logits.softmax(-2).squeeze(-3)
+    found = slot_loop_in_turn(inputs if apart else handed, later, inside, **settings)
+    return slots, logits, *found[:2]
+
+
+@pytest.mark.parametrize("only_last", [False, True])
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (0,), (2,), (3,)])
+def test_calls_in_turn_add_up_their_gradients(only_last, chosen):
+    x, _, initial, *layers = problem((40, 1, 5, 30, 12, 13, 20))
+    later, mask = noise(40, 5, 2, 12, seed=5), soft_mask(40, 1, 30)
+    mask[0] = 1
+    results = []
+    for apart in (False, True):
+        leaves = [value.clone().requires_grad_() for value in (x, mask, initial, later, *layers)]
+        inputs = Inputs(leaves[0], Layers(*leaves[4:]))
+        found = two_stages(inputs, *leaves[1:4], apart=apart, only_last=only_last)
+        total = sum((noise(*found[k].shape, seed=k) * found[k]).sum() for k in chosen)
+        first = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        again = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+        results.append([*found, *first, *again])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_calls_in_turn_with_frozen_inputs_or_layers():
+    x, _, initial, *layers = problem((4, 1, 5, 30, 12, 13, 20))
+    later = noise(4, 5, 2, 12, seed=5)
+    for learned in ((0,), (3,), (4, 6, 16)):
+        results = []
+        for apart in (False, True):
+            values = enumerate((x, initial, later, *layers))
+            leaves = [value.clone().requires_grad_(place in learned) for place, value in values]
+            found = two_stages(Inputs(leaves[0], Layers(*leaves[3:])), None, *leaves[1:3], apart=apart)
+            wanted = [leaves[place] for place in learned]
+            results.append(torch.autograd.grad(sum(part.square().sum() for part in found), wanted))
+        for mine, theirs in zip(*results, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_compile():

@@ -12,6 +12,13 @@ namespace objslot {
 
 enum class Element { float16, bfloat16, float32, float64 };
 
+static constexpr int64_t bytes_of(Element element) {
+  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
+}
+
+// Bytes of the type that elements are computed in.
+static constexpr int64_t arithmetic_bytes_of(Element element) { return element == Element::float64 ? 8 : 4; }
+
 struct SinkhornProblem {
   const void* scores;  // (batch, n, m)
   Element element;

@@ -42,39 +42,51 @@ struct SlotLoopKept {
 };
 
 struct SlotLoopForward {
-  const void* initial;  // (R, W)
+  const void* initial;  // (batch, groups * slots, W)
+  int64_t initial_stride;
   int64_t iterations;
   int64_t kept_from;         // the first iteration that is kept
   const SlotLoopKept* kept;  // one for each from there on
-  // (batch, positions): statistics of the rows of x, to be found; null: x is normalised.
+  // (batch, positions): statistics of the rows of x; null: x is normalised.
   void* mean;
   void* inverse;
+  bool measured;  // whether they are there, or yet to be found
   double x_eps;
   void* const* logits;  // one (batch, groups, slots, positions) for every iteration, or null
   void* slots;          // (R, W)
 };
 
-// One iteration backwards. Matrices of (R, ...) that the gradients of the layers are products of.
+// What gradients of the layers, of their shapes, are added to; null: not wanted.
+struct SlotLayerGradients {
+  void *query, *query_bias, *value, *value_bias, *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;
+  void *input_gates, *hidden_gates, *input_gates_bias, *hidden_gates_bias;
+  void *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;
+};
+
 struct SlotLoopBackward {
-  void* packed;  // slot_loop_packed_size elements, packed layers; `pack`: yet to be filled
-  bool pack;
-  SlotLoopKept kept;
+  int64_t iterations;        // that are gone back through
+  const SlotLoopKept* kept;  // one for each
   const void* mean;
   const void* inverse;
-  const void* grad_slots;   // (R, W)
+  const void* grad_slots;   // (R, W) or null
   const void* grad_logits;  // or null
-  void* grad_start;         // (R, W): the gradient of what the iteration started from
+  void* grad_initial;       // (R, W): the gradient of what the first of the iterations started from
   void* grad_x;             // (batch, positions, E) or null
-  bool add_to_x, finish_x;  // see SlotAttentionGradient
+  bool add_to_x, finish_x;  // see SlotAttentionGradient: of the first iteration back, and of the last
   void* grad_mask;          // or null
-  bool add_to_mask;
+  SlotLayerGradients layers;
+};
+
+// One iteration backwards on R rows. Matrices of (R, ...) that the gradients of the layers are products of.
+struct SlotRowsGradient {
+  SlotLoopKept kept;
+  const void* grad_slots;                           // (R, W)
+  void* upper;                                      // (R, W): a copy of it where grad_start is the same memory, or null
+  void* grad_start;                                 // (R, W): the gradient of what the iteration started from
   void *normed_slots, *grad_query, *grad_constant;  // (R, W), (R, E), (R)
   void *updates, *grad_updates;                     // (R, W) twice
   void* grad_gates;                                 // (R, 4W): r, z, the input part of n, its hidden part
   void *normed_mlp, *hidden, *grad_hidden;          // (R, W), (R, H) twice
-  // Sums over the rows, to be added to: (W) each of the norms; in the order of SlotLayers.
-  void *norm_slots, *norm_slots_bias, *norm_mlp, *norm_mlp_bias;
-  void *query_bias, *value_bias, *gates_bias, *mlp_in_bias, *mlp_out_bias;  // (E + 1), (W), (4W), (H), (W)
 };
 
 // ---- rows of slots: what the kernels of an instruction set offer ----
@@ -113,12 +125,25 @@ struct SlotRowsKernels {
                   void* workspace, int threads);
 };
 
-// A matrix (rows, columns) whose rows are added up, and where the sum is added to.
+// A matrix (rows, columns) whose rows are added to what is there, `together` of them at a time.
 struct RowSum {
   const void* data;
-  int64_t rows, columns, stride;
+  int64_t rows, together, columns, stride;
   void* out;
 };
+
+// A matrix (outer, inner), contiguous, that the product of the transposed `upper` (rows, outer) with `lower` (rows,
+// inner) is added to.
+struct RowProduct {
+  const void* upper;
+  int64_t outer, upper_stride;
+  const void* lower;
+  int64_t inner, lower_stride;
+  void* out;
+};
+
+// Sums over rows are the same however the rows are cut, at multiples of this, into calls.
+constexpr int64_t row_step = 32;
 
 struct SlotRowsBackwardKernels {
   int64_t (*workspace)(const SlotRows&, int threads);
@@ -126,16 +151,22 @@ struct SlotRowsBackwardKernels {
   int64_t (*chunks)(int64_t rows);
   // From grad_slots to the gradient of the averages; also makes the queries again. norm_sums: for the weight and
   // the bias of the norm of the MLP.
-  void (*to_means)(const SlotRows&, const SlotLoopBackward&, void* grad_means, void* query, void* constant,
+  void (*to_means)(const SlotRows&, const SlotRowsGradient&, void* grad_means, void* query, void* constant,
                    void* const* norm_sums, void* workspace, int threads);
   // From grad_query and grad_constant, which it scales, to grad_start, which holds the part that went around the
   // attention. norm_sums: for the norm of the slots.
-  void (*to_start)(const SlotRows&, const SlotLoopBackward&, void* const* norm_sums, void* workspace, int threads);
-  void (*sum_rows)(Element, const RowSum*, int64_t count, int threads);
+  void (*to_start)(const SlotRows&, const SlotRowsGradient&, void* const* norm_sums, void* workspace, int threads);
+};
+
+struct SlotRowSumsKernels {
+  // `inner`: the largest of the products.
+  int64_t (*workspace)(int64_t rows, int64_t inner, bool tiles, int threads);
+  void (*add_rows)(Element, const RowSum*, int64_t count, int threads);
+  void (*add_products)(Element, int64_t rows, const RowProduct*, int64_t count, bool tiles, void* workspace,
+                       int threads);
 };
 
 void slot_loop_forward(const SlotLoopProblem&, const SlotLoopForward&, int threads);
-int64_t slot_loop_packed_size(const SlotLoopProblem&);
 void slot_loop_backward(const SlotLoopProblem&, const SlotLoopBackward&, int threads);
 
 }  // namespace objslot

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from objslot.ops import _checks
+from objslot.ops import _checks, _direct
 from objslot.ops.slot_loop import autograd
 from objslot.ops.slot_softmax import prepare_mask
 
-__all__ = ["Epsilons", "Layers", "facts", "slot_loop"]
+__all__ = ["Epsilons", "Inputs", "Layers", "facts", "slot_loop", "slot_loop_in_turn"]
 
 
 class Layers(NamedTuple):
@@ -45,6 +45,23 @@ class Epsilons(NamedTuple):
     inputs: float
     slots: float
     mlp: float
+
+
+class _Handed(NamedTuple):
+    """What a call handed on: the tensors, the statistics of the inputs, whether gradients go back to that call."""
+
+    x: Tensor
+    layers: Layers
+    statistics: Tensor
+    follows: bool
+
+
+class Inputs(NamedTuple):
+    """Inputs and layers of calls of `slot_loop_in_turn`."""
+
+    x: Tensor
+    layers: Layers
+    handed: _Handed | None = None
 
 
 def slot_loop(
@@ -83,6 +100,30 @@ def slot_loop(
         ValueError: a wrong shape or number.
         BackendError: the backend asked for by name cannot serve the call.
     """
+    settings = {"scale": scale, "eps": eps, "iterations": iterations, "only_last": only_last}
+    found = slot_loop_in_turn(
+        Inputs(x, layers), initial, mask, **settings, return_iterations=return_iterations, backend=backend
+    )
+    return found[:3]
+
+
+def slot_loop_in_turn(
+    inputs: Inputs,
+    initial: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    eps: Epsilons,
+    iterations: int,
+    only_last: bool = False,
+    return_iterations: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Inputs]:
+    """As `slot_loop`, and inputs for one next call with the same x and layers.
+
+    Their statistics are found once, and the gradients of x and of the layers are added up in one memory.
+    """
+    x, layers, handed = inputs
     _checks.tensor("x", x, "(..., n, E)")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
@@ -106,10 +147,17 @@ def slot_loop(
     kept = 0
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors):
         kept = 1 if only_last else iterations
-    slots, logits, history, *_ = torch.ops.objslot.slot_loop(
-        *tensors, scale, list(eps), iterations, only_last, kept, return_iterations, backend
-    )
-    return slots, logits, history
+    settings = (scale, list(eps), iterations, only_last)
+    if backend is None and _direct.possible(*tensors):
+        if handed is not None:
+            tensors = (handed.x, mask, initial, *handed.layers)
+        statistics, follows = (None, False) if handed is None else handed[2:]
+        *found, statistics, (same, *others) = autograd.direct(
+            tensors, settings, kept, return_iterations, statistics, follows
+        )
+        return *found, Inputs(x, layers, _Handed(same, Layers(*others), statistics, kept > 0))
+    slots, logits, history, *_ = torch.ops.objslot.slot_loop(*tensors, *settings, kept, return_iterations, backend)
+    return slots, logits, history, inputs
 
 
 def facts(x: Tensor, *args, **kwargs) -> dict:

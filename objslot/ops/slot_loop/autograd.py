@@ -67,7 +67,8 @@ def _backward(grad_slots, grad_logits, *arguments):
     tensors, (scale, eps, iterations, only_last), kept = tensors[:_COUNT], tensors[_COUNT:-5], tensors[-5:]
     x = tensors[0]
     if _backends.select("slot_loop", backend, **facts(x)) == "cpu":
-        return native.backward(grad_slots, grad_logits, tensors, scale, eps, kept, needs)
+        grads = native.backward(grad_slots, grad_logits, tensors, scale, eps, kept, needs)
+        return tuple(grad if wanted else x.new_empty(0) for grad, wanted in zip(grads, needs, strict=True))
     with _autocast.disabled(x.device):
         grads = reference.slot_loop_backward(
             grad_slots, grad_logits, tensors, scale, eps, iterations, only_last
@@ -121,6 +122,55 @@ def _gradients(ctx, grad_slots, grad_logits, *_):
         grad_slots, grad_logits, *saved[:_COUNT], *ctx.settings, *saved[_COUNT:], needs, ctx.backend
     )
     return (*(grad if wanted else None for grad, wanted in zip(grads, needs, strict=True)), *(None,) * 7)
+
+
+class _Direct(torch.autograd.Function):
+    """The op on tensors that need no dispatcher; hands x and the layers, as far as they take gradients, on.
+
+    The gradients of the next call on them come back in memory of their own, which is added to. `follows`: x was
+    handed on by another call, which wants the gradient of the normalised inputs.
+    """
+
+    @staticmethod
+    def forward(ctx, settings, kept, return_iterations, statistics, follows, *tensors):
+        found = native.forward(*tensors, *settings[:3], kept, return_iterations, statistics=statistics)
+        ctx.settings, ctx.follows = settings, follows
+        ctx.save_for_backward(*tensors, *found[3:])
+        ctx.mark_non_differentiable(*found[2:4])
+        ctx.set_materialize_grads(False)
+        learned = zip(tensors, ctx.needs_input_grad[-_COUNT:], strict=True)
+        x, _, _, *layers = (tensor if wanted else None for tensor, wanted in learned)
+        return *found[:4], x, *layers
+
+    @staticmethod
+    def backward(ctx, grad_slots, grad_logits, _, __, *later):
+        if all(grad is None for grad in (grad_slots, grad_logits, *later)):
+            return (None,) * (5 + _COUNT)
+        needs, saved = list(ctx.needs_input_grad[-_COUNT:]), ctx.saved_tensors
+        tensors, kept = saved[:_COUNT], saved[_COUNT:]
+        if torch.is_grad_enabled():
+            # The other call passes its gradient through the norm, too.
+            grads = torch.ops.objslot.slot_loop_backward(
+                grad_slots, grad_logits, *tensors, *ctx.settings, *kept, needs, "cpu"
+            )
+            later = (later[0], None, None, *later[1:])
+            grads = [grad if more is None else grad + more for grad, more in zip(grads, later, strict=True)]
+        else:
+            grads = native.backward(
+                grad_slots, grad_logits, tensors, *ctx.settings[:2], kept, needs, later, not ctx.follows
+            )
+        return (None,) * 5 + tuple(grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
+
+
+def direct(tensors, settings, kept, return_iterations, statistics, follows):
+    """Slots, logits, history, statistics, and x and layers to give to the next call on them."""
+    x, _, _, *layers = tensors
+    if kept == 0:
+        found = native.forward(*tensors, *settings[:3], 0, return_iterations, statistics=statistics)
+        return *found[:4], (x, *layers)
+    found = _Direct.apply(settings, kept, return_iterations, statistics, follows, *tensors)
+    handed = (own if alias is None else alias for own, alias in zip((x, *layers), found[4:], strict=True))
+    return *found[:4], tuple(handed)
 
 
 def _differentiable_backward(grad_slots, grad_logits, *arguments):

@@ -44,12 +44,12 @@ def forward(
     slots = _native.empty(initial.shape, torch.float32)
     logits = _native.empty(logits_shape, x.dtype)
     history = _native.empty((iterations - 1, *logits_shape) if return_iterations else (0,), x.dtype)
-    start = initial.float().contiguous()
+    start = native.elements(initial).float()
     problem, alive = native.describe(x, mask, initial, layers, scale, eps)
     earlier = [step.data_ptr() for step in history] if return_iterations else [0] * (iterations - 1)
     _native.load().slot_loop_forward(
-        problem, start.data_ptr(), iterations, iterations, [], [0, 0], eps[1], [*earlier, logits.data_ptr()],
-        slots.data_ptr(), torch.get_num_threads(),
+        problem, start.data_ptr(), start.stride(0), iterations, iterations, [], [0, 0], False, eps[1],
+        [*earlier, logits.data_ptr()], slots.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     del alive
     return slots.to(initial.dtype), logits, history
