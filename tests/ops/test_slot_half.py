@@ -98,6 +98,10 @@ def test_whom_it_serves():
     assert not half.serves(x.float(), initial, mask, layers)
     assert not half.serves(x, initial, mask, [layers[0].float(), *layers[1:]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert half.serves(x, initial, mask, layers)
+        assert half.serves(x.float(), initial, mask, [layers[0].float(), *layers[1:]])
+        assert not half.serves(x.double(), initial, mask, layers)
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not half.serves(x, initial, mask, layers)
     with use_backend("reference"):
         assert not half.serves(x, initial, mask, layers)
@@ -141,6 +145,23 @@ def test_module(update, monkeypatch):
     with torch.no_grad():
         module(x[:, :10])
     assert counter.iterations == [3]
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_module_under_autocast(given, monkeypatch):
+    """As near to the module in float64 as step by step, in the same dtypes."""
+    module = nn.SlotAttention(6, 192, initial="learned")
+    x = noise(2, 70, 192).to(given)
+    counter = Counter(monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(x, return_iterations=True)
+        own = step_by_step(module, x, return_iterations=True)
+    assert counter.iterations == [3]
+    with torch.no_grad():
+        wanted = module.double()(x.double(), return_iterations=True)
+    for mine, theirs, right in zip(*((*one[:3], *one.iterations) for one in (found, own, wanted)), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert distance(mine, right) <= max(2 * distance(theirs, right), 2 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_semantic_module(monkeypatch):

@@ -11,12 +11,15 @@ from objslot.ops.slot_loop import native
 
 
 def serves(x: Tensor, initial: Tensor, mask: Tensor | None, layers: tuple[Tensor | None, ...]) -> bool:
-    """Whether `forward` takes these inputs, slots and layers."""
+    """Whether `forward` takes these inputs, slots and layers: of bfloat16, or autocast to it."""
+    taken = {torch.bfloat16}
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        taken.add(torch.float32)
     return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in layers)
-        and not torch.is_autocast_enabled("cpu")
+        x.device.type == "cpu"
+        and all(tensor is None or tensor.dtype in taken for tensor in (x, *layers))
         and _direct.possible(x, initial, mask, *layers)
         and _native.load().multiplies_on_tiles()
     )
@@ -34,9 +37,9 @@ def forward(
     return_iterations: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots, logits and earlier logits as of `slot_loop`, without gradient, of inputs that are normalised already."""
-    matrices = [layer is not None and layer.dim() == 2 for layer in layers]
+    x = x.to(torch.bfloat16)
     layers = [
-        layer if layer is None or matrix else layer.float() for layer, matrix in zip(layers, matrices, strict=True)
+        None if layer is None else layer.to(torch.bfloat16 if layer.dim() == 2 else torch.float32) for layer in layers
     ]
     if mask is not None:
         mask = mask.to(x.dtype)
