@@ -285,6 +285,8 @@ static int64_t workspace(const AlignmentProblem& p, const SinkhornTables& sinkho
 
 static void run(const AlignmentProblem& p, void* out, const SinkhornTables& sinkhorn, bool tiles, void* workspace,
                 int threads) {
+  // Only where there is nothing to do.
+  if (!workspace) return;
   char* base = static_cast<char*>(workspace);
   p.element == Element::float64 ? align(p, static_cast<double*>(out), sinkhorn, tiles, base, threads)
                                 : align(p, static_cast<float*>(out), sinkhorn, tiles, base, threads);

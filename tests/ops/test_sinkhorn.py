@@ -178,6 +178,14 @@ def test_the_result_does_not_depend_on_the_threads(backend, threads, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("columns", [1024, 1029])
+def test_results_beyond_the_caches_are_written_where_they_belong(backend, columns):
+    """Past the caches in whole vectors, which rows of 1029 columns do not begin at."""
+    scores = cosines(1, 1030, columns)
+    check(backend, torch.float32, scores, masses(1, 1030), masses(1, columns, seed=2), 0.05, 12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [1e-3, 0.05])
 def test_potentials_rebuild_the_plan(backend, dtype, eps):
