@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from objslot.benchmarks import registry, runner, session, table
+from objslot.benchmarks import checking, registry, runner, session, table
 from objslot.benchmarks.problem import Peer, with_compiled
 from objslot.benchmarks.suite import Job
 
@@ -25,6 +25,14 @@ def with_peers(*peers, **changes):
 
 def plain(problem):
     return problem.plain
+
+
+def test_what_vanishes_is_measured_by_the_largest():
+    exact = [torch.tensor([4.0, 3.0]).double(), torch.tensor([1e-16, 0.0]).double(), torch.tensor([1e-6, 0.0]).double()]
+    found = [exact[0], torch.tensor([1e-8, 0.0]), exact[2]]
+    assert checking.error(found, exact) == pytest.approx(2e-9)
+    found[2] = torch.tensor([2e-6, 0.0])
+    assert checking.error(found, exact) == pytest.approx(1, rel=1e-6)
 
 
 def test_right_results_get_a_speed_a_paired_ratio_and_a_limit():

@@ -109,8 +109,8 @@ def peak_memory(size, lengths, out):
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
     short, long = peak_memory((540, 960), [60, 160], tmp_path)
-    # 100 frames more are 148 MiB of pixels, or 49 MiB of one index map.
-    assert long - short < 25
+    # 100 frames more are 148 MiB of pixels, or 49 MiB of one index map; peaks differ by some 20 from run to run.
+    assert long - short < 40
 
 
 @pytest.mark.slow
