@@ -1,4 +1,7 @@
-"""A model and a video small enough to segment in milliseconds."""
+"""A model and a video small enough to segment in milliseconds; makes what several tests share importable."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from objslot.data import Video
 from objslot.models import SMTC, SMTCConfig, register_encoder
+
+sys.path.append(str(Path(__file__).parent))
 
 
 class ArrayVideo(Video):

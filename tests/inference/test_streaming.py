@@ -2,14 +2,11 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+from peaks import assert_growth
 
 from objslot.inference import spool
 from objslot.inference.segment import draw_regions, model_regions, segment_video
@@ -46,13 +43,6 @@ def test_frames_drawn_one_at_a_time_are_those_drawn_at_once(model, video, monkey
         assert np.array_equal(labels.partition, whole.partition[t])
 
 
-# A child's ru_maxrss begins with its parent's, which would hide whatever is less than that.
-PEAK = """
-def peak_of_this_process():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-"""
-
 # Both lengths are beyond what the video encoder holds back.
 _GROWTH = """
     import json, sys
@@ -83,39 +73,23 @@ _GROWTH = """
 
     torch.manual_seed(0)
     model = SMTC(SMTCConfig(encoder="objslot_tiny", image_size=64, slots=4, instances=4)).eval()
-    peaks = []
     for k, length in enumerate(lengths):
         video = Made(length)
         regions = model_regions(model, video, spool_in=out)
         maps = display_maps(model, video, regions, [0, length - 1])
         written = write_segmentation(video, draw_regions(regions, video), f"{out}/{k}", maps=maps)
         assert written["frames"] == length
-        peaks.append(peak_of_this_process())
-    print(json.dumps(peaks))
+        print(peak_of_this_process())
 """
 
 
-def peak_memory(size, lengths, out):
-    """Highest resident memory in MiB so far, after discovery in videos of growing length in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK + textwrap.dedent(_GROWTH), json.dumps([*size, lengths, str(out)])],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    short, long = peak_memory((540, 960), [60, 160], tmp_path)
-    # 100 frames more are 148 MiB of pixels, or 49 MiB of one index map; peaks differ by some 20 from run to run.
-    assert long - short < 40
+    # 100 frames more are 148 MiB of pixels, or 49 MiB of one index map.
+    assert_growth(_GROWTH, json.dumps([540, 960, [60, 160], str(tmp_path)]), most=(25,))
 
 
 @pytest.mark.slow
 def test_memory_of_minutes_is_that_of_seconds(tmp_path):
-    short, long = peak_memory((135, 240), [300, 6_000], tmp_path)
     # Both pages hold 200 frames. 5700 frames are 528 MiB of pixels, 176 MiB of one index map and 89 MiB of masks; six
     # numbers a track and frame remain, which take most as the lists that objects.json is made of.
-    assert long - short < 60
+    assert_growth(_GROWTH, json.dumps([135, 240, [300, 6_000], str(tmp_path)]), most=(60,))
