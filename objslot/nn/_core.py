@@ -101,7 +101,7 @@ class SlotCore(nn.Module):
             folded = (keys @ query.weight, query_bias, value_weight, value_bias)
             if one_call:
                 layers = (None if layer is None else layer.to(dtype) for layer in self._layers(folded))
-                return Memory(Inputs(x.to(dtype), Layers(*layers)), None, None, *folded)
+                return Memory(Inputs(x.to(dtype), Layers._make(layers)), None, None, *folded)
             return Memory(None, self._normed(x), None, *folded)
         x = self._normed(x)
         keys, values = linear(x, key_weight, key_bias), linear(x, value_weight, value_bias)
@@ -231,7 +231,8 @@ class SlotCore(nn.Module):
         gru, mlp = self.gru, self.mlp
         gates = (None,) * 4 if gru is None else (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
         norms = (self.norm_slots.weight, self.norm_slots.bias, self.norm_mlp.weight, self.norm_mlp.bias)
-        return Layers(*projections, *norms, *gates, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+        mlps = (mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+        return Layers._make((*projections, *norms, *gates, *mlps))
 
     def _epsilons(self) -> Epsilons:
         return Epsilons(self.eps, self.norm_inputs.eps, self.norm_slots.eps, self.norm_mlp.eps)
