@@ -9,16 +9,26 @@
 namespace objslot::OBJSLOT_ISA {
 
 constexpr int64_t high = 8, wide = 16, lanes = high * wide, piece_keys = 64;
+// Queries that are compared together: as many as one block of a product takes. Their features lie side by side, and
+// so stay in a first-level cache while the keys of a piece pass by.
+template <class T>
+constexpr int64_t panel = (registers == 32 ? 4 : 2) * width<T>;
+static_assert(lanes % panel<float> == 0 && lanes % panel<double> == 0);
 
 template <class T>
 struct PropagateScratch {
-  T *packed, *zeros, *cosines, *threshold, *keys, *buffer;
+  T* packed;  // (panels, features, lanes of a panel): the queries
+  T *zeros, *cosines, *threshold, *keys, *buffer;
   // What each query keeps, best first.
   T* best;
   int64_t *place, *count;
   T* mixed;
   // Where tiles are used: the queries' and a piece's, as bfloat16.
   uint16_t *query_tiles, *key_tiles;
+
+  OBJSLOT_INLINE_MEMBER T* queries(int64_t features, int64_t lane) const {
+    return packed + lane / panel<T> * panel<T> * features + lane % panel<T>;
+  }
 };
 
 template <class T>
@@ -26,7 +36,7 @@ static PropagateScratch<T> propagate_scratch(const PropagateProblem& p, Shelf& s
   PropagateScratch<T> s;
   const int64_t width = padded<T>(p.features);
   s.packed = shelf.take<T>(p.features * lanes);
-  s.zeros = shelf.take<T>(lanes);
+  s.zeros = shelf.take<T>(panel<T>);
   s.cosines = shelf.take<T>(piece_keys * lanes);
   s.threshold = shelf.take<T>(lanes);
   s.keys = shelf.take<T>(native<T>(p.element) ? 0 : piece_keys * width);
@@ -69,7 +79,7 @@ static T inverse_length(const T* row, int64_t count) {
 template <class T>
 OBJSLOT_INLINE bool any_above(const T* cosines, const T* threshold) {
   bool found = false;
-  for (int64_t z = 0; z < lanes; z += width<T>) {
+  for (int64_t z = 0; z < panel<T>; z += width<T>) {
     // Written so that NaN counts as above.
     const auto above = ~(load(cosines + z) <= load(threshold + z));
 #if defined(__AVX512F__)
@@ -142,16 +152,17 @@ static void compare_roughly(const PropagateProblem& p, PropagateScratch<float>& 
   for (int64_t lane = 0; lane < lanes; lane += tile_rows) {
     uint8_t found[piece_keys + at_once];
     const int64_t number = candidates<lanes>(s.cosines + lane, lengths, s.threshold + lane, piece.count, found);
+    const float* queries = s.queries(p.features, lane);
     alignas(64) float exact[at_once * tile_rows];
     for (int64_t first = 0; first < number; first += at_once) {
       const int64_t left = number - first < at_once ? number - first : at_once;
       if (left > 2) {
         // The last ones are filled up with what is there.
         for (int64_t r = left; r < at_once; ++r) found[first + r] = found[first];
-        exact_products<at_once, lanes>(rows, stride, found + first, p.features, s.packed + lane, exact);
+        exact_products<at_once, panel<float>>(rows, stride, found + first, p.features, queries, exact);
       } else {
         for (int64_t r = 0; r < left; ++r)
-          exact_products<1, lanes>(rows, stride, found + first + r, p.features, s.packed + lane, exact + r * tile_rows);
+          exact_products<1, panel<float>>(rows, stride, found + first + r, p.features, queries, exact + r * tile_rows);
       }
       for (int64_t r = 0; r < left; ++r) {
         float* cosines = exact + r * tile_rows;
@@ -184,11 +195,13 @@ static void compare_piece(const PropagateProblem& p, PropagateScratch<T>& s, con
     if (p.tiles) return compare_roughly(p, s, block, piece, rows, stride, lengths);
   }
 #endif
-  dots<T>(rows, stride, piece.count, p.features, s.packed, s.zeros, lanes, s.cosines);
-  for (int64_t j = 0; j < piece.count; ++j) {
-    T* row = s.cosines + j * lanes;
-    for (int64_t z = 0; z < lanes; z += width<T>) store(row + z, load(row + z) * lengths[j]);
-    if (any_above<T>(row, s.threshold)) look_at<T>(p, s, block, piece, j, row, 0, lanes);
+  for (int64_t lane = 0; lane < lanes; lane += panel<T>) {
+    dots<T>(rows, stride, piece.count, p.features, s.queries(p.features, lane), s.zeros, panel<T>, s.cosines);
+    for (int64_t j = 0; j < piece.count; ++j) {
+      T* row = s.cosines + j * panel<T>;
+      for (int64_t z = 0; z < panel<T>; z += width<T>) store(row + z, load(row + z) * lengths[j]);
+      if (any_above<T>(row, s.threshold + lane)) look_at<T>(p, s, block, piece, j, row, lane, panel<T>);
+    }
   }
 }
 
@@ -230,11 +243,14 @@ static void propagate_block(const PropagateProblem& p, PropagateScratch<T>& s, c
     const int64_t query = block.batch * positions + (block.top + i) * p.width + block.left + k;
     const T* row = read_row<T>(p.query, p.element, query * p.features, p.features, s.buffer);
     const T inverse = inverse_length<T>(row, p.features);
-    for (int64_t d = 0; d < p.features; ++d) s.packed[d * lanes + lane] = row[d] * inverse;
+    T* queries = s.queries(p.features, lane);
+    for (int64_t d = 0; d < p.features; ++d) queries[d * panel<T>] = row[d] * inverse;
   }
 #ifdef OBJSLOT_TILES
   if constexpr (sizeof(T) == 4) {
-    if (p.tiles) round_queries<lanes>(s.packed, p.features, s.query_tiles);
+    if (p.tiles)
+      for (int64_t lane = 0, words = operand_size(panel<T>, p.features, 1); lane < lanes; lane += panel<T>)
+        round_queries<panel<T>>(s.queries(p.features, lane), p.features, s.query_tiles + lane / panel<T> * words);
   }
 #endif
   const int64_t bottom = block.top + block.rows - 1, right = block.left + block.columns - 1;
@@ -278,7 +294,7 @@ static void run_propagate(const PropagateProblem& p, void* out, void* workspace,
   parallel_for(p.batch * down * across, threads, [&](int64_t first, int64_t last, int worker) {
     Shelf shelf{base + worker * scratch};
     PropagateScratch<T> s = propagate_scratch<T>(p, shelf);
-    clear(s.zeros, lanes);
+    clear(s.zeros, panel<T>);
     for (int64_t item = first; item < last; ++item) {
       const int64_t batch = item / (down * across), top = item / across % down * high, left = item % across * wide;
       const Block block{batch, top, left, least(high, p.height - top), least(wide, p.width - left)};

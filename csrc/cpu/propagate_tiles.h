@@ -19,7 +19,7 @@ OBJSLOT_INLINE __m512 rounded(__m512 x) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
 }
 
-// Tiles of queries, columns of the products, from unit rows packed[d][lane].
+// Tiles of queries, columns of the products, from unit rows packed[d][lane] of one panel.
 template <int64_t Lanes>
 static void round_queries(const float* packed, int64_t features, uint16_t* tiles) {
   const int64_t depth = depth_blocks(features);
