@@ -34,7 +34,17 @@ OPTIONS = {
 }
 REFUSED, RETURNED = 7, 8
 # What calls kernels of its own besides the ops that users call.
-CALLS = (*OPS, "alignment", "slot_loop", "slot_loop_half")
+CALLS = (
+    *OPS,
+    "alignment",
+    "slot_loop",
+    pytest.param(
+        "slot_loop_half",
+        marks=pytest.mark.skipif(
+            native is None or not native.multiplies_on_tiles(), reason="its kernels multiply on tiles"
+        ),
+    ),
+)
 
 
 def run(name, dtype):
@@ -128,8 +138,8 @@ def one_thread():
 def test_numbers_that_no_tensor_has_are_refused(op, dtype, monkeypatch, one_thread, request):
     if op == "slot_loop" and dtype == torch.float16:
         pytest.skip("its kernels take no half precision")
-    if op == "slot_loop_half" and (dtype != torch.float16 or not native.multiplies_on_tiles()):
-        pytest.skip("its kernels are of bfloat16 alone, on tiles")
+    if op == "slot_loop_half" and dtype != torch.float16:
+        pytest.skip("its kernels are of bfloat16 alone")
     draw, failures, attacks = random.Random(0), [], [0]
     # A fork of a sanitized process takes a tenth of a second.
     share = 1.0 if request.config.getoption("--nightly") else 0.1 if "OBJSLOT_SANITIZED" in os.environ else 0.35
