@@ -123,7 +123,7 @@ static bool undo_by_plan(const Gradients<T>& g, Work<T>& w, const Rows<T>& plan,
   multiply(g, w, plan, gradient, team);
   bool gaps = false;
   for (int64_t c = 0; c < matrix.chunks(); ++c) gaps |= w.gaps[c];
-  if (gaps && moved > most_moved_with_gaps<T>) return false;
+  if (gaps && !(largest_loss(g, moved) <= most_lost<T>)) return false;
   alone(team, [&] { prepare(g, w, g.count - 1); });
   const Balance<T> balance = Balance<T>::of(g);
   bool backwards = false;

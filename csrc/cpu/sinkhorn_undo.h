@@ -5,12 +5,12 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-// Powers of two that the potentials may have moved by: more where the plan holds every entry, for entries
-// that were rounded to zero matter as soon as they are scaled up.
+// Powers of two that the potentials may have moved by.
 template <class T>
 constexpr T most_moved = sizeof(T) == 4 ? T(60) : T(800);
+// The share of a row or column that entries rounded to zero may have, as a power of two: the square of the rounding.
 template <class T>
-constexpr T most_moved_with_gaps = T(4);
+constexpr T most_lost = sizeof(T) == 4 ? T(-48) : T(-106);
 
 template <class T>
 struct Gradients {
@@ -119,6 +119,31 @@ static T furthest_move(const Gradients<T>& g, const T* first) {
     most_y = scan(g.y(t), g.y(last), g.p.m, most_y);
   }
   return log2<T>(broadcast(most_x))[0] + log2<T>(broadcast(most_y))[0];
+}
+
+// What entries of the plan that were rounded to zero can be of a row or column of the plan of an earlier iteration at
+// most, as a power of two. Such an entry was less than the smallest number times the scalings of its row and column,
+// and the potentials have moved by `moved` since.
+template <class T>
+static T largest_loss(const Gradients<T>& g, T moved) {
+  const int64_t n = g.p.n, m = g.p.m, last = g.count - 1;
+  const auto largest_of = [](const T* values, int64_t size) {
+    T top = 0;
+    for (int64_t j = 0; j < size; ++j) top = values[j] > top ? values[j] : top;
+    return top;
+  };
+  const auto least_of = [](const T* masses, T each, int64_t size) {
+    if (!masses) return each;
+    T least = std::numeric_limits<T>::infinity();
+    for (int64_t j = 0; j < size; ++j) least = masses[j] > 0 && masses[j] < least ? masses[j] : least;
+    return least;
+  };
+  const auto power = [](T value) { return log2<T>(broadcast(value))[0]; };
+  const T x = power(largest_of(g.x(last), n)), xy = x + power(largest_of(g.y(last), m));
+  const T scaling = x > xy ? x : xy;
+  const T a = least_of(g.matrix.a, g.matrix.a0, n), b = least_of(g.matrix.b, g.matrix.b0, m);
+  const T entries = power(static_cast<T>(n > m ? n : m)), smallest = power(std::numeric_limits<T>::min());
+  return entries + smallest + (scaling > 0 ? scaling : T(0)) + moved - power(a < b ? a : b);
 }
 
 // Starts every gradient from those of the potentials and finds the masked columns.
