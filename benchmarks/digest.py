@@ -48,6 +48,11 @@ class Digest:
         ]
         return "\n\n".join(part for part in parts if part)
 
+    def summary(self) -> str:
+        """What the README shows of a machine beside the first: no tables."""
+        parts = [f"The same on another machine: {self._origin()}", self._picture(), self._slower()]
+        return "\n\n".join(part for part in parts if part)
+
     def everything(self) -> str:
         """Memory, growth, and all timings with their spread."""
         parts = [f"## {self.name}", self._origin(), *filter(None, (self._memory(), self._scaling())), LEGEND]

@@ -25,7 +25,8 @@ def produce(root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"README.md: the lines {BEGIN!r} and {END!r} are missing")
-    section = "\n\n".join(digest.section() for digest in digests) or NONE
+    sections = [digest.summary() if place else digest.section() for place, digest in enumerate(digests)]
+    section = "\n\n".join(sections) or NONE
     everything = "\n\n".join(digest.everything() for digest in digests) or NONE
     files = {
         root / "README.md": f"{before}{BEGIN}\n\n{section}\n\n{END}{after}",

@@ -135,3 +135,20 @@ def test_only_the_part_between_the_marks_is_written(report, tmp_path):
     assert text.startswith(f"before\n{report.BEGIN}\n\n") and text.endswith(f"{report.END}\nafter\n")
     assert "old 99x" not in text and "| 2 ms |" in text
     assert set(report.produce(tmp_path)) >= {tmp_path / "docs" / "benchmarks-cpu-dark.svg"}
+
+
+def test_further_machines_say_where_peers_are_faster_and_leave_the_tables_to_the_documentation(report, tmp_path):
+    import json
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    slower = [OURS, record("log, eager", 1e-3, ratio=0.5)]
+    for name, records in (("cpu", [OURS]), ("cpu-other", slower)):
+        lines = "".join(json.dumps(line) + "\n" for line in records)
+        (tmp_path / "benchmarks" / "results" / f"{name}.jsonl").write_text(lines)
+    files = report.produce(tmp_path)
+    text = files[tmp_path / "README.md"]
+    assert text.count("| 2 ms |") == 1 and "No peer" in text
+    assert "another machine" in text and "0.50x (log, eager)" in text
+    assert "## cpu-other" in files[tmp_path / "docs" / "benchmarks.md"]
+    assert tmp_path / "docs" / "benchmarks-cpu-other-dark.svg" in files
