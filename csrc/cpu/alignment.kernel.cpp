@@ -121,8 +121,8 @@ static void align_columns(const AlignmentProblem& p, int64_t clip, int64_t begin
       const Frames frames{clip, (columns.frame + step) % p.frames, columns.frame};
       const TransportProblem problem = pair_of(p, clip, frames.first, frames.second);
       point_at(problem, 0, w.stage);
-      // Where they were made on vectors, those took the place of the right factor.
-      laid = make_scores(problem, w.stage, tiles, laid, alone);
+      // Factors on tiles and on vectors have the same place.
+      laid = make_scores(problem, w.stage, tiles, laid, alone) == tiles;
       bool safe;
       {
         const FlushSubnormals flush;

@@ -4,6 +4,22 @@
 
 namespace objslot::OBJSLOT_ISA {
 
+// The values, transposed, and the gradients, as the factors of products.
+template <class T>
+static void read_channels(const TransportProblem& p, const Stage<T>& s, const void* values, const void* grad,
+                          const Team& team) {
+  const int64_t lanes = padded<T>(p.channels);
+  T* buffer = s.rows + team.worker * s.rows_size;
+  for (int64_t i = team.begin(p.n); i < team.end(p.n); ++i) {
+    T* row = s.grad + i * lanes;
+    read_channel_row(p, grad, i, row, buffer);
+    lay_panel_row(row, i, p.n, p.channels, s.grad_panels);
+  }
+  lay_panels_across(s.values, lanes, p.channels, p.m, s.crossed, team, [&](int64_t first, int64_t count) {
+    for (int64_t j = first; j < first + count; ++j) read_channel_row(p, values, j, s.values + j * lanes, buffer);
+  });
+}
+
 // The plan and its gradient, grad values'.
 template <class T>
 static void make_plan(const TransportProblem& p, const Stage<T>& s, const Team& team) {
@@ -19,7 +35,7 @@ static void make_plan(const TransportProblem& p, const Stage<T>& s, const Team& 
         if (m != columns) copy_row(target, rows, m, false);
       }
     }
-    multiply<T>({s.grad + first * lanes, lanes, 1}, count, s.crossed, columns, p.channels, s.slope + first * m, m, m);
+    multiply<T>({s.grad + first * lanes, lanes, 1}, count, s.crossed, p.channels, s.slope + first * m, m, m, nullptr);
   });
 }
 
@@ -27,9 +43,10 @@ static void make_plan(const TransportProblem& p, const Stage<T>& s, const Team& 
 template <class T>
 static void grad_values(const TransportProblem& p, const Stage<T>& s, void* out, const Team& team) {
   const int64_t lanes = padded<T>(p.channels);
-  T* moved = s.rows + team.worker * s.rows_size;
-  for_groups(p.m, plan_rows, team, [&](int64_t first, int64_t count) {
-    multiply<T>({s.plan + first, 1, p.m}, count, s.grad, lanes, p.n, moved, lanes, lanes);
+  T* moved = s.panel + team.worker * s.panel_size;
+  T* row_panels = s.row_panels + team.worker * s.row_panels_size;
+  for_groups(p.m, block_rows, team, [&](int64_t first, int64_t count) {
+    multiply<T>({s.plan + first, 1, p.m}, count, s.grad_panels, p.n, moved, lanes, lanes, row_panels);
     for (int64_t r = 0; r < count; ++r)
       write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
   });
@@ -80,10 +97,14 @@ static void towards_on_vectors(const TransportProblem& p, const Stage<T>& s, con
   const int64_t features = padded<T>(p.features);
   const Tokens<T>& own = towards.own;
   T* panel = s.panel + team.worker * s.panel_size;
-  for_groups(own.count, most_rows, team, [&](int64_t first, int64_t rows) {
+  T* row_panels = s.row_panels + team.worker * s.row_panels_size;
+  for (int64_t k = team.begin(towards.other.count); k < team.end(towards.other.count); ++k)
+    lay_panel_row(towards.other.unit + k * features, k, towards.other.count, p.features, s.panels);
+  team.wait();
+  for_groups(own.count, block_rows, team, [&](int64_t first, int64_t rows) {
     const Factor<T> slope =
         towards.transposed ? Factor<T>{s.slope + first, 1, p.m} : Factor<T>{s.slope + first * p.m, p.m, 1};
-    multiply<T>(slope, rows, towards.other.unit, features, towards.other.count, panel, features, p.features);
+    multiply<T>(slope, rows, s.panels, towards.other.count, panel, features, p.features, row_panels);
     for (int64_t r = 0; r < rows; ++r) {
       const T* unit = own.unit + (first + r) * features;
       through_unit<T>(p, own, first + r, unit, 1, 1, panel + r * features, towards.out, false);
@@ -207,15 +228,9 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
   const SinkhornHistory history = history_of(s);
   sinkhorn.forward.forward(scores, {nullptr, nullptr, nullptr, nullptr, history}, s.sinkhorn, threads);
   run([&](const Team& team) {
-    T* buffer = s.rows + team.worker * s.rows_size;
-    const int64_t lanes = padded<T>(p.channels);
     const char* grad = static_cast<const char*>(result.grad) + index * p.n * p.channels * value;
     const char* values = static_cast<const char*>(p.values) + index * p.values_stride * value;
-    read_channels(p, values, p.m, s.values, buffer, team);
-    read_channels(p, grad, p.n, s.grad, buffer, team);
-    team.wait();
-    transpose(s.values, p.m, p.channels, lanes, s.crossed, padded<T>(p.m), team.begin(p.channels),
-              team.end(p.channels));
+    read_channels(p, s, values, grad, team);
     team.wait();
     make_plan(p, s, team);
     team.wait();

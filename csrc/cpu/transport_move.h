@@ -41,14 +41,21 @@ struct Plan {
   }
 };
 
-// Values or gradients (rows, channels) padded, in the arithmetic type.
+// Row i of values or gradients padded, in the arithmetic type.
 template <class T>
-static void read_channels(const TransportProblem& p, const void* base, int64_t rows, T* out, T* buffer,
-                          const Team& team) {
-  const int64_t lanes = padded<T>(p.channels);
-  for (int64_t i = team.begin(rows); i < team.end(rows); ++i) {
-    const T* row = read_row<T>(base, p.value_element, i * p.channels, p.channels, buffer);
-    for (int64_t c = 0; c < lanes; ++c) out[i * lanes + c] = c < p.channels ? row[c] : T(0);
+OBJSLOT_INLINE void read_channel_row(const TransportProblem& p, const void* base, int64_t i, T* out, T* buffer) {
+  const T* row = read_row<T>(base, p.value_element, i * p.channels, p.channels, buffer);
+  for (int64_t c = 0; c < padded<T>(p.channels); ++c) out[c] = c < p.channels ? row[c] : T(0);
+}
+
+// Values (m, channels) in panels.
+template <class T>
+static void read_values(const TransportProblem& p, const Stage<T>& s, const void* base, const Team& team) {
+  T* buffer = s.rows + team.worker * s.rows_size;
+  T* row = buffer + padded<T>(p.channels);
+  for (int64_t j = team.begin(p.m); j < team.end(p.m); ++j) {
+    read_channel_row(p, base, j, row, buffer);
+    lay_panel_row(row, j, p.m, p.channels, s.values);
   }
 }
 
@@ -64,7 +71,7 @@ static void apply(const TransportProblem& p, const Stage<T>& s, void* out, const
       for (int64_t r = 0; r < count; ++r)
         plan.make(s.scores + (first + r) * s.stride, first + r, p.m, rows + r * columns);
     }
-    multiply<T>({rows, columns, 1}, count, s.values, lanes, p.m, moved, lanes, lanes);
+    multiply<T>({rows, columns, 1}, count, s.values, p.m, moved, lanes, lanes, nullptr);
     for (int64_t r = 0; r < count; ++r)
       write_element_row(p.value_element, out, first + r, p.channels, moved + r * lanes);
   });
@@ -82,8 +89,7 @@ static void move(const TransportProblem& p, const TransportResult& result, const
   sinkhorn.forward.forward(scores_problem<T>(p, index, s.scores, s.stride), found, s.sinkhorn, threads);
   if (p.channels == 0) return;
   run([&](const Team& team) {
-    read_channels(p, static_cast<const char*>(p.values) + index * p.values_stride * size, p.m, s.values,
-                  s.rows + team.worker * s.rows_size, team);
+    read_values(p, s, static_cast<const char*>(p.values) + index * p.values_stride * size, team);
     team.wait();
     apply(p, s, static_cast<char*>(result.out) + index * p.n * p.channels * size, team);
   });

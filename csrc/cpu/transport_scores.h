@@ -1,19 +1,16 @@
 // The first stage of one element: the scores of its tokens.
 #pragma once
 
-#include <type_traits>
-
 #include "token_lengths.h"
 #include "transport_stages.h"
-#include "vector_products.h"
 
 namespace objslot::OBJSLOT_ISA {
 
 // Factors and units of the tokens of one side.
 template <class T>
-static void make_units(const TransportProblem& p, const Tokens<T>& side, T* buffer, const Team& team) {
+static void make_units(const TransportProblem& p, const Tokens<T>& side, int64_t first, int64_t count, T* buffer) {
   const int64_t stride = padded<T>(p.features);
-  for (int64_t i = team.begin(side.count); i < team.end(side.count); ++i) {
+  for (int64_t i = first; i < first + count; ++i) {
     const T* row = token_row(p, side, i, buffer);
     T* unit = side.unit + i * stride;
     const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
@@ -38,18 +35,16 @@ OBJSLOT_INLINE void for_groups(int64_t rows, int64_t most, const Team& team, con
 }
 
 template <class T>
-static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, const Team& team) {
+static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, bool laid, const Team& team) {
   T* buffer = s.rows + team.worker * s.rows_size;
-  const int64_t features = padded<T>(p.features), columns = padded<T>(p.m);
-  make_units(p, s.x, buffer, team);
-  make_units(p, s.y, buffer, team);
+  const int64_t features = padded<T>(p.features);
+  const auto units = [&](int64_t first, int64_t count) { make_units(p, s.y, first, count, buffer); };
+  if (!laid) lay_panels_across(s.y.unit, features, p.features, p.m, s.panels, team, units);
   team.wait();
-  const int64_t first = team.begin((p.features + 15) / 16) * 16, last = team.end((p.features + 15) / 16) * 16;
-  transpose(s.y.unit, p.m, p.features, features, s.transposed, columns, first, last < p.features ? last : p.features);
-  team.wait();
-  for_groups(p.n, p.n, team, [&](int64_t from, int64_t rows) {
-    multiply<T>({s.x.unit + from * features, features, 1}, rows, s.transposed, columns, p.features,
-                s.scores + from * s.stride, s.stride, p.m);
+  for_groups(p.n, block_rows, team, [&](int64_t first, int64_t rows) {
+    make_units(p, s.x, first, rows, buffer);
+    multiply<T>({s.x.unit + first * features, features, 1}, rows, s.panels, p.features, s.scores + first * s.stride,
+                s.stride, p.m, nullptr);
   });
 }
 
@@ -131,8 +126,8 @@ OBJSLOT_INLINE void with_element(Element element, const Use& use) {
     use(std::integral_constant<Element, Element::float32>{});
 }
 
-// The scores of an element, and whether they were made on tiles. Where `laid`, the right factor is that of the call
-// before, which was for the same y.
+// The scores of an element, and whether they were made on tiles. Where `laid`, the call before was for the same y and
+// gave what `tiles` is, so that its right factor is there.
 template <class T, class Run>
 static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles, bool laid, const Run& run) {
 #ifdef OBJSLOT_TILES
@@ -145,13 +140,12 @@ static bool make_scores(const TransportProblem& p, const Stage<T>& s, bool tiles
           multiply_tokens<decltype(element)::value>(p, s, team);
         });
       });
-    tiles = tiles && suited_tiles(p, s);
-    if (tiles) return true;
+    if (tiles && suited_tiles(p, s)) return true;
+    laid = laid && !tiles;
   }
 #endif
   (void)tiles;
-  (void)laid;
-  run([&](const Team& team) { scores_on_vectors(p, s, team); });
+  run([&](const Team& team) { scores_on_vectors(p, s, laid, team); });
   return false;
 }
 

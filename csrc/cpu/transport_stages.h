@@ -4,11 +4,12 @@
 #include "objslot/transport.h"
 #include "sinkhorn_log.h"
 #include "tile_products.h"
+#include "vector_products.h"
 
 namespace objslot::OBJSLOT_ISA {
 
 // Rows of the plan that are made and used together.
-constexpr int64_t plan_rows = 8;
+constexpr int64_t plan_rows = 2 * product_rows;
 // Rows of a result that the threads share out.
 constexpr int64_t shared_rows = 32;
 // Bytes that a factor of a product on tiles may take to stay in a second-level cache.
@@ -35,22 +36,24 @@ struct Stage {
   T* history_f;     // (1 + n_iters, n)
   T* history_g;     // (n_iters, m)
   int64_t count;    // as in SinkhornHistory
-  T* values;        // (m, lanes of the channels)
+  T* values;        // (m, lanes of the channels): in panels forward
   uint16_t* right;  // the right factor of a product on tiles
-  T* transposed;    // (features, columns) of y, where products are made on vectors
+  T* panels;        // the same of one on vectors, in panels
   // Backward alone.
   T* plan;         // (n, m)
   T* slope;        // (n, m): gradient of the plan, then of the scores
   T* grad;         // (n, lanes of the channels)
-  T* crossed;      // (channels, columns): the values, transposed
+  T* grad_panels;  // the same in panels
+  T* crossed;      // (channels, columns), in panels: the values, transposed
   float* scale_n;  // (2, n): powers of two that bring the rows of the slope near 1, and their inverses
   float* scale_m;  // (2, m): the same of the columns
   float* tops;     // (threads, m)
   // For each thread.
   uint16_t* left;  // the left factor of a product on tiles
+  T* row_panels;   // a block of that of one on vectors
   T* panel;        // (rows, whole tiles of features): those of a result
   T* rows;         // (plan_rows, columns), and a row of features or channels
-  int64_t left_size, panel_size, rows_size;
+  int64_t left_size, row_panels_size, panel_size, rows_size;
   char* sinkhorn;
 };
 
@@ -136,17 +139,21 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
     s.plan = arena.take<T>(n * m);
     s.slope = arena.take<T>(n * m);
     s.grad = arena.take<T>(n * lanes);
+    s.grad_panels = arena.take<T>(n * lanes);
     s.crossed = arena.take<T>(p.channels * columns);
     s.scale_n = arena.take<float>(2 * whole_n);
     s.scale_m = arena.take<float>(2 * whole_m);
     s.tops = arena.take<float>(threads * whole_m);
   }
   s.rows_size = round_up(plan_rows * columns + whole_features + plan_rows * lanes, 16);
-  const int64_t panel_rows = round_up(longest, 32) < 2 * most_rows ? round_up(longest, 32) : 2 * most_rows;
-  s.panel_size = backward ? panel_rows * whole_features : 0;
+  const int64_t most = tiles ? 2 * most_rows : block_rows;
+  const int64_t panel_rows = round_up(longest, 32) < most ? round_up(longest, 32) : most;
+  s.panel_size = backward ? panel_rows * (whole_features > lanes ? whole_features : lanes) : 0;
   s.left_size = !tiles ? 0 : left_words(p.features, m);
   if (tiles && backward && left_words(longest, p.features) > s.left_size) s.left_size = left_words(longest, p.features);
+  s.row_panels_size = backward ? round_up(left_entries<T>(m, n), 16) : 0;
   s.rows = arena.take<T>(threads * s.rows_size);
+  s.row_panels = arena.take<T>(threads * s.row_panels_size);
   s.panel = arena.take<T>(threads * s.panel_size);
   const SinkhornProblem scores = scores_problem<T>(p, 0, s.scores, s.stride);
   const int64_t ahead = sinkhorn.forward.forward_workspace(scores, threads);
@@ -158,7 +165,8 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
   s.right = tiles ? arena.take<uint16_t>(3 * whole_features * (whole_n > whole_m ? whole_n : whole_m)) : nullptr;
   s.x.unit = other.take<T>(n * features);
   s.y.unit = other.take<T>(m * features);
-  s.transposed = other.take<T>(p.features * columns);
+  s.panels =
+      other.take<T>(backward && longest * features > p.features * columns ? longest * features : p.features * columns);
   if (other.used > arena.used) arena.used = other.used;
   return s;
 }

@@ -1,37 +1,29 @@
 // Products of matrices on vectors, for every arithmetic type and level.
+//
+// The right factor is in panels: so many columns that the sums of a few rows by them fill the registers, contiguous
+// along the terms. As many terms of a panel as stay in a first-level cache meet as many rows of the left factor as
+// stay in a second-level cache. The sum of an entry is made in the same order whatever rows are asked for.
 #pragma once
 
-#include "sinkhorn_passes.h"
+#include "product_panels.h"
 
 namespace objslot::OBJSLOT_ISA {
 
-#if defined(__AVX512F__)
-constexpr int product_rows = 8, product_vectors = 3;
-#else
-constexpr int product_rows = 4, product_vectors = 2;
-#endif
-
-// The left factor of a product: its entry (i, k) is at[i * row_step + k * step].
-template <class T>
-struct Factor {
-  const T* at;
-  int64_t row_step, step;
-  OBJSLOT_INLINE_MEMBER Factor from(int64_t row) const { return {at + row * row_step, row_step, step}; }
-};
-
-// R rows by C vectors of the product; `left` columns of it are wanted.
+// R rows by C vectors of the product, or of what is added to it; `left` columns of it are wanted.
 template <class T, int R, int C>
-OBJSLOT_INLINE void product_block(const Factor<T>& one, const T* other, int64_t stride, int64_t terms, T* out,
-                                  int64_t out_stride, int64_t left) {
+OBJSLOT_INLINE void product_block(const Factor<T>& one, const T* other, int64_t terms, T* out, int64_t out_stride,
+                                  int64_t left, bool add) {
   Vec<T> total[R][C] = {};
-  const T* factor = one.at;
-  for (int64_t k = 0; k < terms; ++k, factor += one.step, other += stride) {
+  const T* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = one.at + r * one.row_step;
+  for (int64_t k = 0, at = 0; k < terms; ++k, at += one.step, other += C * width<T>) {
     Vec<T> value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) value[c] = load(other + c * width<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> weight = broadcast(factor[r * one.row_step]);
+      const Vec<T> weight = broadcast(row[r][at]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) total[r][c] = fused(weight, value[c], total[r][c]);
     }
@@ -42,59 +34,56 @@ OBJSLOT_INLINE void product_block(const Factor<T>& one, const T* other, int64_t 
     for (int c = 0; c < C; ++c) {
       const int64_t rest = left - c * width<T>;
       T* target = out + r * out_stride + c * width<T>;
-      if (rest >= width<T>)
-        store(target, total[r][c]);
-      else if (rest > 0)
-        store_first(target, total[r][c], rest);
+      if (rest <= 0) break;
+      store_upto(target, add ? load_upto(target, rest) + total[r][c] : total[r][c], rest);
     }
 }
 
+// `rows` rows by one panel; the left factor is in panels of product_rows where its rows are next to each other.
 template <class T, int C>
-static void product_panel(Factor<T> one, int64_t rows, const T* other, int64_t stride, int64_t terms, T* out,
-                          int64_t out_stride, int64_t left) {
+static void product_panel(const Factor<T>& one, int64_t panel_step, int64_t rows, const T* other, int64_t terms, T* out,
+                          int64_t out_stride, int64_t left, bool add) {
   int64_t i = 0;
-  for (; i + product_rows <= rows; i += product_rows)
-    product_block<T, product_rows, C>(one.from(i), other, stride, terms, out + i * out_stride, out_stride, left);
-  for (; i + 2 <= rows; i += 2)
-    product_block<T, 2, C>(one.from(i), other, stride, terms, out + i * out_stride, out_stride, left);
-  for (; i < rows; ++i)
-    product_block<T, 1, C>(one.from(i), other, stride, terms, out + i * out_stride, out_stride, left);
+  const auto block = [&](auto count) __attribute__((always_inline)) {
+    constexpr int R = decltype(count)::value;
+    const Factor<T> from{one.at + i / product_rows * panel_step + i % product_rows * one.row_step, one.row_step,
+                         one.step};
+    product_block<T, R, C>(from, other, terms, out + i * out_stride, out_stride, left, add);
+    i += R;
+  };
+  while (i + product_rows <= rows) block(std::integral_constant<int, product_rows>{});
+  if (i + 4 <= rows) block(std::integral_constant<int, 4>{});
+  if (i + 2 <= rows) block(std::integral_constant<int, 2>{});
+  if (i < rows) block(std::integral_constant<int, 1>{});
 }
 
-// out (rows, columns) = one (rows, terms) other (terms, columns), whose rows are padded to whole vectors. Nothing is
-// written beyond `columns`.
+// out (rows, columns) = one (rows, terms) other (terms, columns), the right factor in panels. Nothing is written beyond
+// `columns`. A left factor whose terms are not next to each other is brought to `left`: see left_entries.
 template <class T>
-static void multiply(const Factor<T>& one, int64_t rows, const T* other, int64_t stride, int64_t terms, T* out,
-                     int64_t out_stride, int64_t columns) {
-  constexpr int C = product_vectors, W = width<T>;
-  for (int64_t j = 0; j < columns;) {
-    const int64_t left = columns - j;
-    if (left > (C - 1) * W) {
-      product_panel<T, C>(one, rows, other + j, stride, terms, out + j, out_stride, left);
-      j += C * W;
-    } else if (C == 3 && left > W) {
-      product_panel<T, 2>(one, rows, other + j, stride, terms, out + j, out_stride, left);
-      j += 2 * W;
-    } else {
-      product_panel<T, 1>(one, rows, other + j, stride, terms, out + j, out_stride, left);
-      j += W;
-    }
+static void multiply(const Factor<T>& one, int64_t rows, const T* other, int64_t terms, T* out, int64_t out_stride,
+                     int64_t columns, T* left) {
+  const int64_t blocks = (terms + block_terms<T> - 1) / block_terms<T>;
+  const int64_t most = blocks > 1 ? (terms + blocks - 1) / blocks : terms;
+  for (int64_t i = 0; i < rows; i += block_rows) {
+    const int64_t height = rows - i < block_rows ? rows - i : block_rows;
+    int64_t k = 0;
+    do {
+      const int64_t depth = terms - k < most ? terms - k : most;
+      Factor<T> part = one.from(i, k);
+      int64_t panel_step = product_rows * one.row_step;
+      if (one.step != 1) {
+        lay_row_panels(part, height, depth, left);
+        part = {left, 1, product_rows};
+        panel_step = product_rows * depth;
+      }
+      for_panels<T>(columns, [&](int64_t j, auto vectors) __attribute__((always_inline)) {
+        constexpr int C = decltype(vectors)::value;
+        product_panel<T, C>(part, panel_step, height, other + j * terms + k * C * width<T>, depth,
+                            out + i * out_stride + j, out_stride, columns - j, k > 0);
+      });
+      k += most;
+    } while (k < terms);
   }
-}
-
-// out (columns of `from`, stride) = the transpose of rows (count, width) that are `step` apart; what lies between
-// `count` and the stride is zero.
-template <class T>
-static void transpose(const T* from, int64_t count, int64_t width_of_rows, int64_t step, T* out, int64_t stride,
-                      int64_t first, int64_t end) {
-  constexpr int64_t side = 16;
-  for (int64_t k = first; k < end; k += side)
-    for (int64_t j = 0; j < stride; j += side) {
-      const int64_t last = k + side < end ? k + side : end;
-      for (int64_t row = k; row < last && row < width_of_rows; ++row)
-        for (int64_t column = j; column < j + side && column < stride; ++column)
-          out[row * stride + column] = column < count ? from[column * step + row] : T(0);
-    }
 }
 
 }  // namespace objslot::OBJSLOT_ISA

@@ -194,7 +194,9 @@ def results(arguments, move, align, **options):
     return [out, *torch.autograd.grad(out, leaves, upper), clip]
 
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    for batch, n, m, d, c in ((1, 70, 90, 33, 5), (3, 33, 18, 64, 16), (2, 3, 7, 2, 1)):
+    # The last ones have more terms than a block of a product on vectors, and no whole blocks of rows and columns.
+    sizes = (1, 70, 90, 33, 5), (3, 33, 18, 64, 16), (2, 3, 7, 2, 1), (1, 99, 50, 769, 33), (1, 775, 37, 49, 3)
+    for batch, n, m, d, c in (*sizes, (1, 37, 775, 129, 49), (2, 193, 385, 386, 50)):
         arguments = [torch.randn(batch, *shape).to(dtype) for shape in ((n, d), (m, d), (m, c))]
         for options in (dict(eps=0.1, similarity="cosine"), dict(eps=0.3 * d, similarity="dot")):
             both = reference.sinkhorn_transport, reference.alignment
