@@ -95,7 +95,7 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
   const int64_t sums_width = sums_stride<T>(p, p.value_width);
   lane_constants<T>(p, layout, batch, s.buffer, s.eps, s.bias);
   pack_transposed<T>(p.q, p.slot_element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736),
-                     s.buffer, s.qt);
+                     s.qt);
   clear(s.sums, sums_rows<T>(p, layout) * sums_width);
   clear(s.mass, layout.lanes);
   for (int64_t from = begin; from < end; from += tile) {

@@ -1,6 +1,7 @@
 // The steps of slot attention backward on one tile of positions.
 #pragma once
 
+#include "slot_spread.h"
 #include "slot_tile_rows.h"
 
 namespace objslot::OBJSLOT_ISA {
@@ -107,12 +108,11 @@ static void prepare(const SlotAttentionProblem& p, const SlotAttentionGradient& 
 // q and the upper gradient by lane, for products without tiles.
 template <class T>
 static void pack_lanes(const SlotAttentionProblem& p, const Layout& layout, BackwardScratch<T>& s, int64_t batch) {
-  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.buffer,
-                     s.qt);
+  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.qt);
   const int64_t values = padded<T>(p.value_width);
-  clear(s.dzt, p.value_width * layout.lanes);
-  for (int64_t lane = 0; lane < layout.rows; ++lane)
-    for (int64_t d = 0; d < p.value_width; ++d) s.dzt[d * layout.lanes + lane] = s.dz_rows[lane * values + d];
+  pack_panels<T>(
+      s.dz_rows, Element::float32, layout.lanes, p.value_width, T(1), [&](int64_t lane) { return lane * values; },
+      s.dzt);
 }
 
 // The gradient of the logits by live position and lane, zero in padding.

@@ -1,5 +1,7 @@
-// The thin matrix products of slot attention on one tile of positions, with slots or features as lanes.
+// The thin matrix products of slot attention that sum over features or over the positions of a tile.
 #pragma once
+
+#include <type_traits>
 
 #include "half_types.h"
 #include "vector_functions.h"
@@ -25,93 +27,147 @@ struct Ahead {
   }
 };
 
-// out[j][0, KV vectors) = sum over d of x[j][d] * qt[d][...], + bias, for 4 * R rows j.
-template <class T, int KV, int R>
-OBJSLOT_INLINE void dot_block(const T* x, int64_t stride, int64_t d, const T* qt, const T* bias, int64_t lanes, T* out,
-                              Ahead& ahead) {
-  Vec<T> total[4 * R][KV] = {};
-  const T* base[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) base[r] = x + 4 * r * stride;
-  const int64_t stride3 = 3 * stride;
-  for (int64_t i = 0; i < d; ++i, qt += lanes) {
-    if (i % 2 == 0) ahead.fetch();
-    Vec<T> q[KV];
-#pragma GCC unroll 4
-    for (int z = 0; z < KV; ++z) q[z] = load(qt + z * width<T>);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> x0 = broadcast(base[r][0]), x1 = broadcast(base[r][stride]);
-      const Vec<T> x2 = broadcast(base[r][2 * stride]), x3 = broadcast(base[r][stride3]);
-#pragma GCC unroll 4
-      for (int z = 0; z < KV; ++z) {
-        total[4 * r][z] = fused(x0, q[z], total[4 * r][z]);
-        total[4 * r + 1][z] = fused(x1, q[z], total[4 * r + 1][z]);
-        total[4 * r + 2][z] = fused(x2, q[z], total[4 * r + 2][z]);
-        total[4 * r + 3][z] = fused(x3, q[z], total[4 * r + 3][z]);
-      }
-      ++base[r];
-    }
+// The same at an even pace, so that as many calls as are expected reach the end: more at a time would keep the rows
+// that are needed now waiting.
+class Pace {
+ public:
+  // `valid`: any memory, for when there is nothing to be fetched.
+  OBJSLOT_INLINE_MEMBER Pace(const Ahead& ahead, int64_t calls, const void* valid) {
+    const bool any = ahead.end - ahead.at > bytes;
+    at_ = any ? ahead.at : static_cast<const char*>(valid);
+    last_ = any ? ahead.end - bytes : at_;
+    step_ = (last_ - at_) / (calls > 0 ? calls : 1) + 1;
+    if (step_ > bytes) step_ = bytes;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < 4 * R; ++r)
-#pragma GCC unroll 4
-    for (int z = 0; z < KV; ++z) store(out + r * lanes + z * width<T>, total[r][z] + load(bias + z * width<T>));
-}
-
-template <class T, int KV>
-OBJSLOT_INLINE void dot_row(const T* x, int64_t d, const T* qt, const T* bias, int64_t lanes, T* out) {
-  Vec<T> total[KV] = {};
-  for (int64_t i = 0; i < d; ++i, qt += lanes) {
-    const Vec<T> value = broadcast(x[i]);
-#pragma GCC unroll 4
-    for (int z = 0; z < KV; ++z) total[z] = fused(value, load(qt + z * width<T>), total[z]);
+  OBJSLOT_INLINE_MEMBER void fetch() {
+    __builtin_prefetch(at_, 0, 2);
+    __builtin_prefetch(at_ + 64, 0, 2);
+    at_ += step_;
+    at_ = at_ < last_ ? at_ : last_;
   }
-#pragma GCC unroll 4
-  for (int z = 0; z < KV; ++z) store(out + z * width<T>, total[z] + load(bias + z * width<T>));
-}
 
-template <class T, int KV>
-static void dot_panel(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias, int64_t lanes,
-                      T* out, Ahead& ahead) {
-  constexpr int R = registers == 32 ? (KV == 1 ? 3 : KV == 4 ? 1 : 2) : (KV == 1 ? 3 : 1);
-  int64_t j = 0;
-  for (; j + 4 * R <= rows; j += 4 * R)
-    dot_block<T, KV, R>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
-  if constexpr (R > 1)
-    for (; j + 4 <= rows; j += 4)
-      dot_block<T, KV, 1>(x + j * stride, stride, d, qt, bias, lanes, out + j * lanes, ahead);
-  for (; j < rows; ++j) dot_row<T, KV>(x + j * stride, d, qt, bias, lanes, out + j * lanes);
-}
+ private:
+  static constexpr int64_t bytes = 128;
+  const char *at_, *last_;
+  int64_t step_;
+};
 
-// out (rows, lanes) = x (rows, d) qt (d, lanes) + bias (lanes)
+// Panels of the right factor of dots: (terms, lanes of the panel), one after the other.
+constexpr int dot_vectors = registers == 32 ? 4 : 2;
+
+// Lanes of a panel. A row of 32 registers is read in pieces of whole lines; elsewhere a panel is one piece of memory,
+// so that its lines do not fall into few sets of the first cache.
 template <class T>
-OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, const T* qt, const T* bias, int64_t lanes,
-                         T* out, Ahead ahead = {}) {
-  constexpr int most = registers == 32 ? 4 : 2;
-  int64_t left = lanes / width<T>;
-  while (left > 0) {
-    const int64_t panel = left >= most ? most : left;
-    if (panel == 1) dot_panel<T, 1>(x, stride, rows, d, qt, bias, lanes, out, ahead);
-    if (panel == 2) dot_panel<T, 2>(x, stride, rows, d, qt, bias, lanes, out, ahead);
-    if constexpr (most == 4) {
-      if (panel == 3) dot_panel<T, 3>(x, stride, rows, d, qt, bias, lanes, out, ahead);
-      if (panel == 4) dot_panel<T, 4>(x, stride, rows, d, qt, bias, lanes, out, ahead);
+OBJSLOT_INLINE int64_t panel_lanes(int64_t lanes) {
+  return registers == 32 ? lanes : dot_vectors * width<T>;
+}
+
+// Terms that are multiplied at once: a panel of them stays in the first cache while rows go by.
+constexpr int64_t most_terms = registers == 32 ? std::numeric_limits<int64_t>::max() : 192;
+
+// Terms for which something is fetched ahead.
+constexpr int fetch_terms = 4;
+
+// out[j][0, KV vectors) = sum over the terms i of x[j][i] * panel[i][...], + start[j], for so many rows j.
+template <class T, int KV, int Rows>
+OBJSLOT_INLINE void dot_block(const T* x, int64_t stride, int64_t terms, const T* panel, int64_t step, const T* start,
+                              int64_t start_stride, T* out, int64_t lanes, Pace& pace) {
+  constexpr int bases = (Rows + 3) / 4;
+  Vec<T> total[Rows][KV] = {};
+  const T* base[bases];
+#pragma GCC unroll 4
+  for (int r = 0; r < bases; ++r) base[r] = x + 4 * r * stride;
+  const int64_t stride3 = 3 * stride;
+  const auto add_term = [&]() __attribute__((always_inline)) {
+    Vec<T> value[KV];
+#pragma GCC unroll 4
+    for (int z = 0; z < KV; ++z) value[z] = load(panel + z * width<T>);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> factor = broadcast(base[r / 4][r % 4 == 3 ? stride3 : r % 4 * stride]);
+#pragma GCC unroll 4
+      for (int z = 0; z < KV; ++z) total[r][z] = fused(factor, value[z], total[r][z]);
     }
-    qt += panel * width<T>;
-    bias += panel * width<T>;
-    out += panel * width<T>;
-    left -= panel;
+#pragma GCC unroll 4
+    for (int r = 0; r < bases; ++r) ++base[r];
+    panel += step;
+  };
+  int64_t i = 0;
+  for (; i + fetch_terms <= terms; i += fetch_terms) {
+    pace.fetch();
+#pragma GCC unroll 4
+    for (int k = 0; k < fetch_terms; ++k) add_term();
+  }
+  for (; i < terms; ++i) add_term();
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int z = 0; z < KV; ++z)
+      store(out + r * lanes + z * width<T>, total[r][z] + load(start + r * start_stride + z * width<T>));
+}
+
+// Rows of a block of so many vectors.
+constexpr int rows_of_dots(int vectors) {
+  if (vectors == 1) return 12;
+  if (registers == 16) return 6;
+  return vectors == 4 ? 4 : 8;
+}
+
+template <class T, int KV>
+static void dot_panel(const T* x, int64_t stride, int64_t rows, int64_t terms, const T* panel, int64_t step,
+                      const T* start, int64_t start_stride, T* out, int64_t lanes, Pace& pace) {
+  constexpr int R = rows_of_dots(KV);
+  int64_t j = 0;
+  const auto block = [&](auto count) __attribute__((always_inline)) {
+    for (; j + count() <= rows; j += count())
+      dot_block<T, KV, count()>(x + j * stride, stride, terms, panel, step, start + j * start_stride, start_stride,
+                                out + j * lanes, lanes, pace);
+  };
+  block(std::integral_constant<int, R>());
+  if constexpr (R > 4) block(std::integral_constant<int, 4>());
+  block(std::integral_constant<int, 2>());
+  block(std::integral_constant<int, 1>());
+}
+
+// out (rows, lanes) = x (rows, d) packed (d, lanes) + bias (lanes)
+template <class T>
+OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, const T* packed, const T* bias,
+                         int64_t lanes, T* out, const Ahead& ahead = {}) {
+  const int64_t most = panel_lanes<T>(lanes), parts = d <= most_terms ? 1 : (d + most_terms - 1) / most_terms;
+  const int64_t vectors = lanes / width<T>, panels = (vectors + dot_vectors - 1) / dot_vectors;
+  const int64_t blocks = rows / rows_of_dots(vectors < dot_vectors ? static_cast<int>(vectors) : dot_vectors);
+  Pace pace(ahead, panels * blocks * (d / fetch_terms), packed);
+  for (int64_t begin = 0; begin < lanes; begin += most) {
+    const int64_t in_panel = lanes - begin < most ? lanes - begin : most;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t from = d * part / parts, terms = d * (part + 1) / parts - from;
+      for (int64_t z = 0; z < in_panel; z += dot_vectors * width<T>) {
+        const int64_t left = (in_panel - z) / width<T>;
+        const auto panel = [&](auto count) __attribute__((always_inline)) {
+          const T* const start = part ? out + begin + z : bias + begin + z;
+          dot_panel<T, count()>(x + from, stride, rows, terms, packed + begin * d + from * in_panel + z, in_panel,
+                                start, part ? lanes : 0, out + begin + z, lanes, pace);
+        };
+        if (left == 1) panel(std::integral_constant<int, 1>());
+        if constexpr (dot_vectors == 2) {
+          if (left >= 2) panel(std::integral_constant<int, 2>());
+        } else {
+          if (left == 2) panel(std::integral_constant<int, 2>());
+          if (left == 3) panel(std::integral_constant<int, 3>());
+          if (left >= 4) panel(std::integral_constant<int, 4>());
+        }
+      }
+    }
   }
 }
 
 // sums[r][C vectors] += sum over the rows j of weights[j][r] * v[j][...]; Part: only the first `part` lanes of v.
 template <class T, int R, int C, bool Part>
 OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
-                                 int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
+                                 int64_t part, T* sums, int64_t sums_stride, Pace& pace) {
   Vec<T> total[R][C] = {};
   for (int64_t j = 0; j < rows; ++j) {
-    ahead.fetch();
+    pace.fetch();
     Vec<T> value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
@@ -132,136 +188,48 @@ OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, 
     }
 }
 
-// The last slots, fewer than Most.
-template <class T, int C, bool Part, int Most>
-static void gather_rest(int64_t left, const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
-                        int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
-  if constexpr (Most > 1) {
-    if (left == Most - 1)
-      gather_block<T, Most - 1, C, Part>(weights, lanes, rows, v, stride, part, sums, sums_stride, ahead);
-    else
-      gather_rest<T, C, Part, Most - 1>(left, weights, lanes, rows, v, stride, part, sums, sums_stride, ahead);
-  }
+// The same for `count` slots, Most of them at most.
+template <class T, int Most, int C, bool Part>
+static void gather_slots(int64_t count, const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
+                         int64_t part, T* sums, int64_t sums_stride, Pace& pace) {
+  if constexpr (Most > 1)
+    if (count < Most)
+      return gather_slots<T, Most - 1, C, Part>(count, weights, lanes, rows, v, stride, part, sums, sums_stride, pace);
+  gather_block<T, Most, C, Part>(weights, lanes, rows, v, stride, part, sums, sums_stride, pace);
+}
+
+// Slots of a block of so many vectors; into how many blocks slots are divided.
+template <int C>
+constexpr int slots_of_gather = registers == 32 ? (C == 3 ? 8 : 12) : (C == 2 ? 6 : 8);
+template <int C>
+OBJSLOT_INLINE int64_t blocks_of_slots(int64_t slots) {
+  return (slots + slots_of_gather<C> - 1) / slots_of_gather<C>;
 }
 
 template <class T, int C, bool Part>
 static void gather_columns(const T* weights, int64_t lanes, int64_t slots, int64_t rows, const T* v, int64_t stride,
-                           int64_t part, T* sums, int64_t sums_stride, Ahead& ahead) {
-  constexpr int R = registers == 32 ? (C == 3 ? 8 : 12) : (C == 2 ? 6 : 8);
-  int64_t i = 0;
-  for (; i + R <= slots; i += R)
-    gather_block<T, R, C, Part>(weights + i, lanes, rows, v, stride, part, sums + i * sums_stride, sums_stride, ahead);
-  if (i < slots)
-    gather_rest<T, C, Part, R>(slots - i, weights + i, lanes, rows, v, stride, part, sums + i * sums_stride,
-                               sums_stride, ahead);
+                           int64_t part, T* sums, int64_t sums_stride, Pace& pace) {
+  const int64_t blocks = blocks_of_slots<C>(slots);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = slots * block / blocks, count = slots * (block + 1) / blocks - begin;
+    gather_slots<T, slots_of_gather<C>, C, Part>(count, weights + begin, lanes, rows, v, stride, part,
+                                                 sums + begin * sums_stride, sums_stride, pace);
+  }
 }
 
 // sums (slots, columns padded) += weights (rows, slots)^T v (rows, columns)
 template <class T>
 OBJSLOT_INLINE void gather(const T* weights, int64_t lanes, int64_t slots, int64_t rows, const T* v, int64_t stride,
-                           int64_t columns, T* sums, int64_t sums_stride, Ahead ahead) {
+                           int64_t columns, T* sums, int64_t sums_stride, const Ahead& ahead) {
   constexpr int C = registers == 32 ? 3 : 2;
+  Pace pace(ahead, columns / (C * width<T>)*blocks_of_slots<C>(slots) * rows, v);
   int64_t d = 0;
   for (; d + C * width<T> <= columns; d += C * width<T>)
-    gather_columns<T, C, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, ahead);
+    gather_columns<T, C, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, pace);
   for (; d + width<T> <= columns; d += width<T>)
-    gather_columns<T, 1, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, ahead);
+    gather_columns<T, 1, false>(weights, lanes, slots, rows, v + d, stride, 0, sums + d, sums_stride, pace);
   if (d < columns)
-    gather_columns<T, 1, true>(weights, lanes, slots, rows, v + d, stride, columns - d, sums + d, sums_stride, ahead);
-}
-
-// How a row of a product leaves the registers.
-enum class Leave { store, stream, part };
-
-// One term of a sum of products: weights (rows, slots) and rows of features (slots, columns padded).
-template <class T>
-struct Term {
-  const T* weights;
-  const T* features;
-};
-
-// out[j][C vectors] = sum over the terms and slots i of weights[j][i] * features[i][...], for R rows j.
-template <class T, int R, int C, int Terms, Leave How>
-OBJSLOT_INLINE void spread_block(const Term<T>* terms, int64_t lanes, int64_t slots, const int64_t* features_stride,
-                                 int64_t part, T* out, int64_t stride) {
-  Vec<T> total[R][C] = {};
-#pragma GCC unroll 2
-  for (int t = 0; t < Terms; ++t) {
-    const T* weights = terms[t].weights;
-    const T* features = terms[t].features;
-    for (int64_t i = 0; i < slots; ++i, features += features_stride[t]) {
-      Vec<T> value[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) value[c] = load(features + c * width<T>);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> weight = broadcast(weights[r * lanes + i]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) total[r][c] = fused(weight, value[c], total[r][c]);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      T* target = out + r * stride + c * width<T>;
-      if constexpr (How == Leave::part)
-        store_first(target, total[r][c], part);
-      else if constexpr (How == Leave::stream)
-        stream(target, total[r][c]);
-      else
-        store(target, total[r][c]);
-    }
-}
-
-template <class T, int C, int Terms, Leave How>
-static void spread_columns(const Term<T>* terms, int64_t lanes, int64_t slots, const int64_t* features_stride,
-                           int64_t rows, int64_t part, T* out, int64_t stride) {
-  constexpr int R = registers == 32 ? (C == 3 ? 8 : 12) : (C == 2 ? 6 : 8);
-  Term<T> at[Terms];
-#pragma GCC unroll 2
-  for (int t = 0; t < Terms; ++t) at[t] = terms[t];
-  int64_t j = 0;
-  const auto advance = [&](int count) __attribute__((always_inline)) {
-    j += count;
-    out += count * stride;
-    for (int t = 0; t < Terms; ++t) at[t].weights += count * lanes;
-  };
-  for (; j + R <= rows; advance(R))
-    spread_block<T, R, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
-  for (; j + 4 <= rows; advance(4))
-    spread_block<T, 4, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
-  for (; j < rows; advance(1)) spread_block<T, 1, C, Terms, How>(at, lanes, slots, features_stride, part, out, stride);
-}
-
-// out (rows, columns) = sum over the terms of weights (rows, slots) features (slots, columns)
-template <class T, int Terms>
-OBJSLOT_INLINE void spread(const Term<T>* terms, int64_t lanes, int64_t slots, const int64_t* features_stride,
-                           int64_t rows, int64_t columns, T* out, int64_t stride, bool streamed) {
-  constexpr int C = registers == 32 ? 3 : 2;
-  Term<T> at[Terms];
-#pragma GCC unroll 2
-  for (int t = 0; t < Terms; ++t) at[t] = terms[t];
-  int64_t d = 0;
-  const auto advance = [&](int64_t count) __attribute__((always_inline)) {
-    d += count;
-    for (int t = 0; t < Terms; ++t) at[t].features += count;
-  };
-  for (; d + C * width<T> <= columns; advance(C * width<T>)) {
-    if (streamed)
-      spread_columns<T, C, Terms, Leave::stream>(at, lanes, slots, features_stride, rows, 0, out + d, stride);
-    else
-      spread_columns<T, C, Terms, Leave::store>(at, lanes, slots, features_stride, rows, 0, out + d, stride);
-  }
-  for (; d + width<T> <= columns; advance(width<T>)) {
-    if (streamed)
-      spread_columns<T, 1, Terms, Leave::stream>(at, lanes, slots, features_stride, rows, 0, out + d, stride);
-    else
-      spread_columns<T, 1, Terms, Leave::store>(at, lanes, slots, features_stride, rows, 0, out + d, stride);
-  }
-  if (d < columns)
-    spread_columns<T, 1, Terms, Leave::part>(at, lanes, slots, features_stride, rows, columns - d, out + d, stride);
+    gather_columns<T, 1, true>(weights, lanes, slots, rows, v + d, stride, columns - d, sums + d, sums_stride, pace);
 }
 
 }  // namespace objslot::OBJSLOT_ISA

@@ -7,7 +7,7 @@
 
 #include "objslot/slot_attention.h"
 #include "objslot/threads.h"
-#include "slot_products.h"
+#include "slot_lanes.h"
 
 namespace objslot::OBJSLOT_ISA {
 
@@ -75,17 +75,17 @@ OBJSLOT_INLINE void write_zeros(void* base, Element element, int64_t offset, int
   __builtin_memset(static_cast<char*>(base) + offset * size, 0, static_cast<size_t>(count * size));
 }
 
-// packed[d][lane] = factor * rows[slot][d], zero in padding lanes. Rows are (groups * slots, count), contiguous.
+// packed (count, lanes) in panels = factor * rows (groups * slots, count), turned; zero in padding lanes.
 template <class T>
 static void pack_transposed(const void* rows, Element element, int64_t offset, const Layout& layout, int64_t count,
-                            T factor, T* buffer, T* packed) {
-  clear(packed, count * layout.lanes);
-  for (int64_t g = 0; g < layout.groups; ++g)
-    for (int64_t i = 0; i < layout.slots; ++i) {
-      const T* row = read_row<T>(rows, element, offset + (g * layout.slots + i) * count, count, buffer);
-      T* column = packed + g * layout.step + i;
-      for (int64_t d = 0; d < count; ++d) column[d * layout.lanes] = factor * row[d];
-    }
+                            T factor, T* packed) {
+  pack_panels<T>(
+      rows, element, layout.lanes, count, factor,
+      [&](int64_t lane) {
+        const int64_t g = lane / layout.step, i = lane % layout.step;
+        return g < layout.groups && i < layout.slots ? offset + (g * layout.slots + i) * count : -1;
+      },
+      packed);
 }
 
 // The positions of a tile that some group reads, and what it weights them with.
