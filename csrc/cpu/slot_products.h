@@ -161,7 +161,7 @@ OBJSLOT_INLINE void dots(const T* x, int64_t stride, int64_t rows, int64_t d, co
   }
 }
 
-// sums[r][C vectors] += sum over the rows j of weights[j][r] * v[j][...]; Part: only the first `part` lanes of v.
+// sums[r][C vectors] += sum over the rows j of weights[j][r] * v[j][...]; Part: only the first `part` lanes.
 template <class T, int R, int C, bool Part>
 OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, const T* v, int64_t stride,
                                  int64_t part, T* sums, int64_t sums_stride, Pace& pace) {
@@ -184,7 +184,10 @@ OBJSLOT_INLINE void gather_block(const T* weights, int64_t lanes, int64_t rows, 
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       T* sum = sums + r * sums_stride + c * width<T>;
-      store(sum, load(sum) + total[r][c]);
+      if constexpr (Part)
+        store_first(sum, load_first(sum, part) + total[r][c], part);
+      else
+        store(sum, load(sum) + total[r][c]);
     }
 }
 
@@ -217,7 +220,7 @@ static void gather_columns(const T* weights, int64_t lanes, int64_t slots, int64
   }
 }
 
-// sums (slots, columns padded) += weights (rows, slots)^T v (rows, columns)
+// sums (slots, columns) += weights (rows, slots)^T v (rows, columns)
 template <class T>
 OBJSLOT_INLINE void gather(const T* weights, int64_t lanes, int64_t slots, int64_t rows, const T* v, int64_t stride,
                            int64_t columns, T* sums, int64_t sums_stride, const Ahead& ahead) {

@@ -11,7 +11,7 @@ constexpr int panel_vectors = registers == 32 ? 3 : 2;
 template <class T>
 constexpr int64_t panel_width = panel_vectors * width<T>;
 
-constexpr int64_t inner_part = 128;
+constexpr int64_t inner_part = registers == 32 ? 128 : 192;
 
 // Rows are handled in chunks of this many, over which sums of rows are kept apart, and in blocks of whole chunks.
 constexpr int64_t row_chunk = 16;
@@ -36,61 +36,58 @@ OBJSLOT_INLINE void for_blocks(const SlotRows& p, int threads, const Body& body)
   });
 }
 
-// out[row][...] = a[row] w + bias (+ out) for 4 * R rows (1 row where R is 0) and KV vectors of outputs.
-template <class T, int KV, int R>
+// out[row][...] = a[row] w + bias (+ out) for so many rows and KV vectors of outputs.
+template <class T, int KV, int Rows>
 OBJSLOT_INLINE void multiply_block(const T* a, int64_t stride, int64_t inner, const T* w, const T* bias, T* out,
                                    int64_t out_stride, int64_t columns, bool add) {
-  constexpr int rows = R ? 4 * R : 1;
-  Vec<T> total[rows][KV] = {};
-  const T* base[R ? R : 1];
+  constexpr int bases = (Rows + 3) / 4;
+  Vec<T> total[Rows][KV] = {};
+  const T* base[bases];
 #pragma GCC unroll 4
-  for (int r = 0; r < (R ? R : 1); ++r) base[r] = a + 4 * r * stride;
+  for (int r = 0; r < bases; ++r) base[r] = a + 4 * r * stride;
   const int64_t stride3 = 3 * stride;
   for (int64_t i = 0; i < inner; ++i, w += KV * width<T>) {
     Vec<T> weight[KV];
 #pragma GCC unroll 4
     for (int z = 0; z < KV; ++z) weight[z] = load(w + z * width<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> factor = broadcast(base[r / 4][r % 4 == 3 ? stride3 : r % 4 * stride]);
 #pragma GCC unroll 4
-    for (int r = 0; r < (R ? R : 1); ++r) {
-      const Vec<T> a0 = broadcast(base[r][0]);
-#pragma GCC unroll 4
-      for (int z = 0; z < KV; ++z) total[4 * r][z] = fused(a0, weight[z], total[4 * r][z]);
-      if constexpr (R > 0) {
-        const Vec<T> a1 = broadcast(base[r][stride]), a2 = broadcast(base[r][2 * stride]);
-        const Vec<T> a3 = broadcast(base[r][stride3]);
-#pragma GCC unroll 4
-        for (int z = 0; z < KV; ++z) {
-          total[4 * r + 1][z] = fused(a1, weight[z], total[4 * r + 1][z]);
-          total[4 * r + 2][z] = fused(a2, weight[z], total[4 * r + 2][z]);
-          total[4 * r + 3][z] = fused(a3, weight[z], total[4 * r + 3][z]);
-        }
-      }
-      ++base[r];
+      for (int z = 0; z < KV; ++z) total[r][z] = fused(factor, weight[z], total[r][z]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < bases; ++r) ++base[r];
   }
   if (columns >= KV * width<T>) {
     if (bias)
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int z = 0; z < KV; ++z) total[r][z] += load(bias + z * width<T>);
     if (add)
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int z = 0; z < KV; ++z) total[r][z] += load(out + r * out_stride + z * width<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int z = 0; z < KV; ++z) store(out + r * out_stride + z * width<T>, total[r][z]);
     return;
   }
-  for (int r = 0; r < rows; ++r)
-    for (int z = 0; z < KV; ++z) {
-      const int64_t left = columns - z * width<T>;
-      T* target = out + r * out_stride + z * width<T>;
-      Vec<T> value = total[r][z];
-      if (bias) value += load_upto(bias + z * width<T>, left);
+  // Through memory, so that the sums stay in registers until here.
+  T sums[Rows * KV * width<T>];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int z = 0; z < KV; ++z) store(sums + (r * KV + z) * width<T>, total[r][z]);
+  for (int64_t r = 0; r < Rows; ++r)
+    for (int64_t d = 0; d < columns; d += width<T>) {
+      const int64_t left = columns - d;
+      T* target = out + r * out_stride + d;
+      Vec<T> value = load(sums + r * KV * width<T> + d);
+      if (bias) value += load_upto(bias + d, left);
       if (add) value += load_upto(target, left);
       store_upto(target, value, left);
     }
@@ -99,15 +96,16 @@ OBJSLOT_INLINE void multiply_block(const T* a, int64_t stride, int64_t inner, co
 template <class T, int KV>
 static void multiply_panel(const T* a, int64_t stride, int64_t rows, int64_t inner, const T* w, const T* bias, T* out,
                            int64_t out_stride, int64_t columns, bool add) {
-  constexpr int R = registers == 32 ? 2 : 1;
   int64_t j = 0;
-  for (; j + 4 * R <= rows; j += 4 * R)
-    multiply_block<T, KV, R>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
-  if constexpr (R > 1)
-    for (; j + 4 <= rows; j += 4)
-      multiply_block<T, KV, 1>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
-  for (; j < rows; ++j)
-    multiply_block<T, KV, 0>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns, add);
+  const auto blocks = [&](auto count) __attribute__((always_inline)) {
+    for (; j + count() <= rows; j += count())
+      multiply_block<T, KV, count()>(a + j * stride, stride, inner, w, bias, out + j * out_stride, out_stride, columns,
+                                     add);
+  };
+  blocks(std::integral_constant<int, registers == 32 ? 8 : 6>());
+  blocks(std::integral_constant<int, 4>());
+  blocks(std::integral_constant<int, 2>());
+  blocks(std::integral_constant<int, 1>());
 }
 
 template <class T>

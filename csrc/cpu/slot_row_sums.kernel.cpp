@@ -5,7 +5,7 @@
 namespace objslot::OBJSLOT_ISA {
 
 // Outputs that one thread works on at a time.
-constexpr int64_t strip_width = 32;
+constexpr int64_t strip_width = registers == 32 ? 32 : 48;
 
 template <class T>
 static void run_rows(const RowSum* list, int64_t count, int threads) {
@@ -40,63 +40,23 @@ static void run_rows(const RowSum* list, int64_t count, int threads) {
   });
 }
 
-// out (R, C vectors) += upper (rows, R)^T lower (rows, C vectors); of the last vector `part` lanes.
-template <class T, int R, int C, bool Part>
-OBJSLOT_INLINE void add_block(const T* upper, int64_t upper_stride, const T* lower, int64_t lower_stride, int64_t rows,
-                              int64_t part, T* out, int64_t out_stride) {
-  Vec<T> total[R][C] = {};
-  for (int64_t j = 0; j < rows; ++j, upper += upper_stride, lower += lower_stride) {
-    Vec<T> value[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) value[c] = Part ? load_first(lower + c * width<T>, part) : load(lower + c * width<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> factor = broadcast(upper[r]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) total[r][c] = fused(factor, value[c], total[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      T* const to = out + r * out_stride + c * width<T>;
-      if constexpr (Part)
-        store_first(to, total[r][c] + load_first(to, part), part);
-      else
-        store(to, total[r][c] + load(to));
-    }
-}
-
-template <class T, int C, bool Part>
-static void add_columns(const T* upper, int64_t upper_stride, int64_t outer, const T* lower, int64_t lower_stride,
-                        int64_t rows, int64_t part, T* out, int64_t out_stride) {
-  constexpr int R = registers == 32 ? 8 : 4;
-  for (int64_t j = 0; j < rows; j += row_step) {
-    const int64_t count = rows - j < row_step ? rows - j : row_step;
-    const T *above = upper + j * upper_stride, *below = lower + j * lower_stride;
-    int64_t i = 0;
-    for (; i + R <= outer; i += R)
-      add_block<T, R, C, Part>(above + i, upper_stride, below, lower_stride, count, part, out + i * out_stride,
-                               out_stride);
-    for (; i < outer; ++i)
-      add_block<T, 1, C, Part>(above + i, upper_stride, below, lower_stride, count, part, out + i * out_stride,
-                               out_stride);
-  }
-}
-
-// out (outer, inner) += upper (rows, outer)^T lower (rows, inner)
+// out (outer, inner) += upper (rows, outer)^T lower (rows, inner), for a strip of outputs at most.
 template <class T>
 static void add_plainly(const T* upper, int64_t upper_stride, int64_t outer, const T* lower, int64_t lower_stride,
                         int64_t inner, int64_t rows, T* out, int64_t out_stride) {
-  constexpr int C = registers == 32 ? 3 : 2;
-  int64_t d = 0;
-  for (; d + C * width<T> <= inner; d += C * width<T>)
-    add_columns<T, C, false>(upper, upper_stride, outer, lower + d, lower_stride, rows, 0, out + d, out_stride);
-  for (; d + width<T> <= inner; d += width<T>)
-    add_columns<T, 1, false>(upper, upper_stride, outer, lower + d, lower_stride, rows, 0, out + d, out_stride);
-  if (d < inner)
-    add_columns<T, 1, true>(upper, upper_stride, outer, lower + d, lower_stride, rows, inner - d, out + d, out_stride);
+  // One piece of memory: rows far apart share the sets of the first cache.
+  alignas(64) T strip[row_step * strip_width];
+  for (int64_t j = 0; j < rows; j += row_step) {
+    const int64_t left = rows - j, count = left < row_step ? left : row_step;
+    for (int64_t i = 0; i < count; ++i)
+      __builtin_memcpy(strip + i * strip_width, upper + (j + i) * upper_stride, static_cast<size_t>(outer) * sizeof(T));
+    const T* const below = lower + j * lower_stride;
+    const auto* const next = reinterpret_cast<const char*>(below + count * lower_stride);
+    const int64_t size = left - count < row_step ? left - count : row_step;
+    const Ahead ahead{next, next + size * lower_stride * static_cast<int64_t>(sizeof(T))};
+    gather<T>(strip, strip_width, outer, count, below, lower_stride, inner, out, out_stride,
+              lower_stride == inner ? ahead : Ahead{});
+  }
 }
 
 template <class T>
