@@ -59,20 +59,32 @@ OBJSLOT_INLINE void lay_panel_row(const T* row, int64_t k, int64_t terms, int64_
 template <class T>
 static void lay_panel_across(const T* rows, int64_t stride, int64_t terms, int64_t count, T* out) {
   const int64_t columns = padded<T>(count);
-  for (int64_t k = 0; k < terms; ++k)
+  int64_t k = 0;
+#ifdef OBJSLOT_X86
+  if constexpr (sizeof(T) == 4)
+    for (; k + 4 <= terms && count == columns; k += 4)
+      for (int64_t c = 0; c < columns; c += 4) {
+        __m128 part[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) part[r] = _mm_loadu_ps(rows + (c + r) * stride + k);
+        _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) _mm_storeu_ps(out + (k + r) * columns + c, part[r]);
+      }
+#endif
+  for (; k < terms; ++k)
     for (int64_t c = 0; c < columns; ++c) out[k * columns + c] = c < count ? rows[c * stride + k] : T(0);
 }
 
-// Panels of a right factor from the rows of its transpose; prepare(first, count) comes before rows are read.
-template <class T, class Prepare>
-static void lay_panels_across(const T* rows, int64_t stride, int64_t terms, int64_t columns, T* out, const Team& team,
-                              const Prepare& prepare) {
+// Panels of a right factor from the rows of its transpose: rows(first, count) is where some of them are.
+template <class T, class Rows>
+static void lay_panels_across(const Rows& rows, int64_t stride, int64_t terms, int64_t columns, T* out,
+                              const Team& team) {
   constexpr int64_t most = panel_columns<T>;
   const int64_t panels = (columns + most - 1) / most;
   for (int64_t j = team.begin(panels) * most; j < team.end(panels) * most; j += most) {
     const int64_t count = columns - j < most ? columns - j : most;
-    prepare(j, count);
-    lay_panel_across(rows + j * stride, stride, terms, count, out + j * terms);
+    lay_panel_across(rows(j, count), stride, terms, count, out + j * terms);
   }
 }
 

@@ -8,12 +8,21 @@ namespace objslot::OBJSLOT_ISA {
 // The sum of the squares of a row in float64.
 template <class T>
 static double precise_square(const T* row, int64_t count) {
-  double parts[8] = {};
+  constexpr int W = width<double>;
+  typedef T Part __attribute__((vector_size(W * sizeof(T))));
+  Vec<double> sums[4] = {};
   int64_t k = 0;
-  for (; k + 8 <= count; k += 8)
-    for (int lane = 0; lane < 8; ++lane) parts[lane] += static_cast<double>(row[k + lane]) * row[k + lane];
-  for (; k < count; ++k) parts[0] += static_cast<double>(row[k]) * row[k];
-  return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+  for (; k + 4 * W <= count; k += 4 * W)
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      Part part;
+      __builtin_memcpy(&part, row + k + s * W, sizeof(part));
+      const Vec<double> value = __builtin_convertvector(part, Vec<double>);
+      sums[s] = fused(value, value, sums[s]);
+    }
+  double sum = sum_lanes<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; k < count; ++k) sum += static_cast<double>(row[k]) * row[k];
+  return sum;
 }
 
 // One over the length of a token, and 0 where it is shorter than `shortest`. A NaN stays.

@@ -15,9 +15,11 @@ static void read_channels(const TransportProblem& p, const Stage<T>& s, const vo
     read_channel_row(p, grad, i, row, buffer);
     lay_panel_row(row, i, p.n, p.channels, s.grad_panels);
   }
-  lay_panels_across(s.values, lanes, p.channels, p.m, s.crossed, team, [&](int64_t first, int64_t count) {
+  const auto rows_of_values = [&](int64_t first, int64_t count) {
     for (int64_t j = first; j < first + count; ++j) read_channel_row(p, values, j, s.values + j * lanes, buffer);
-  });
+    return s.values + first * lanes;
+  };
+  lay_panels_across(rows_of_values, lanes, p.channels, p.m, s.crossed, team);
 }
 
 // The plan and its gradient, grad values'.
@@ -89,6 +91,7 @@ struct Towards {
   const Tokens<T>&own, &other;
   bool transposed;
   void* out;
+  bool streamed;  // past the caches
 };
 
 template <class T>
@@ -107,9 +110,10 @@ static void towards_on_vectors(const TransportProblem& p, const Stage<T>& s, con
     multiply<T>(slope, rows, s.panels, towards.other.count, panel, features, p.features, row_panels);
     for (int64_t r = 0; r < rows; ++r) {
       const T* unit = own.unit + (first + r) * features;
-      through_unit<T>(p, own, first + r, unit, 1, 1, panel + r * features, towards.out, false);
+      through_unit<T>(p, own, first + r, unit, 1, 1, panel + r * features, towards.out, towards.streamed);
     }
   });
+  if (towards.streamed) end_of_stream();
 }
 
 #ifdef OBJSLOT_TILES
@@ -163,7 +167,6 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
       s.slope, p.m, p.n, p.m, towards.transposed ? lengths : scales, towards.transposed ? scales : lengths};
   // Numbers of the half types are multiplied as they are, and the lengths with the slope.
   const Numbers right{other.base, p.features, other.count, p.features, lengths ? nullptr : other.factor};
-  const bool streamed = p.batch * own.count * p.features * int64_t{4} > stream_bytes;
   for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) lay_columns<E, R>(right, block, s.right);
   team.wait();
   uint16_t* left = s.left + team.worker * s.left_size;
@@ -176,7 +179,7 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
   const auto finish = [&](int64_t count) {
     for (int64_t stop = next + count < end ? next + count : end; next < stop; ++next, waiting += features)
       through_unit(p, own, next, token_row(p, own, next, buffer), own.factor[next], inverse[next], waiting, towards.out,
-                   streamed);
+                   towards.streamed);
   };
   for_groups(own.count, group, team, [&](int64_t first, int64_t rows) {
     const int64_t whole = whole_tiles(rows);
@@ -194,7 +197,7 @@ static void towards_on_tiles(const TransportProblem& p, const Stage<float>& s, c
     panel = panel == panels ? panels + group * features : panels;
   });
   finish(end - next);
-  if (streamed) end_of_stream();
+  if (towards.streamed) end_of_stream();
 }
 #endif
 
@@ -222,6 +225,7 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
   const auto marginal = [&](void* base, int64_t count) {
     return base ? static_cast<T*>(base) + index * count : nullptr;
   };
+  const auto streamed = [&](int64_t count) { return p.batch * count * p.features * token > stream_bytes; };
   point_at(p, index, s);
   tiles = make_scores(p, s, tiles, false, run);
   const SinkhornProblem scores = scores_problem<T>(p, index, s.scores, s.stride);
@@ -249,10 +253,10 @@ static void move_back(const TransportProblem& p, const TransportGradient& result
         team.wait();
       }
 #endif
-    grad_tokens(p, s, {s.x, s.y, false, part(result.x, p.n * p.features, token)}, tiles, team);
+    grad_tokens(p, s, {s.x, s.y, false, part(result.x, p.n * p.features, token), streamed(p.n)}, tiles, team);
     // The next right factor takes the place of this one.
     team.wait();
-    grad_tokens(p, s, {s.y, s.x, true, part(result.y, p.m * p.features, token)}, tiles, team);
+    grad_tokens(p, s, {s.y, s.x, true, part(result.y, p.m * p.features, token), streamed(p.m)}, tiles, team);
   });
 }
 

@@ -6,15 +6,18 @@
 
 namespace objslot::OBJSLOT_ISA {
 
-// Factors and units of the tokens of one side.
+// Factors of some tokens, and where their units are: in this thread's memory, unless all of them are kept.
 template <class T>
-static void make_units(const TransportProblem& p, const Tokens<T>& side, int64_t first, int64_t count, T* buffer) {
+static const T* make_units(const TransportProblem& p, const Stage<T>& s, const Tokens<T>& side, int64_t first,
+                           int64_t count, const Team& team) {
   const int64_t stride = padded<T>(p.features);
-  for (int64_t i = first; i < first + count; ++i) {
-    const T* row = token_row(p, side, i, buffer);
-    T* unit = side.unit + i * stride;
+  T* buffer = s.rows + team.worker * s.rows_size;
+  T* const units = side.unit ? side.unit + first * stride : s.units + team.worker * s.units_size;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = token_row(p, side, first + i, buffer);
+    T* unit = units + i * stride;
     const T factor = p.cosine ? inverse_length(row, p.features, p.shortest) : T(1);
-    side.factor[i] = factor;
+    side.factor[first + i] = factor;
     for (int64_t k = 0; k < p.features; ++k) unit[k] = row[k] * factor;
     // So small a factor has lost its digits, unless the token counts as zero.
     if (sizeof(T) == 4 && factor < T(1e-30) && factor != 0) {
@@ -23,6 +26,7 @@ static void make_units(const TransportProblem& p, const Tokens<T>& side, int64_t
     }
     for (int64_t k = p.features; k < stride; ++k) unit[k] = 0;
   }
+  return units;
 }
 
 // Calls use(first, rows) for this thread's rows of a result, at most `most` at a time.
@@ -36,15 +40,13 @@ OBJSLOT_INLINE void for_groups(int64_t rows, int64_t most, const Team& team, con
 
 template <class T>
 static void scores_on_vectors(const TransportProblem& p, const Stage<T>& s, bool laid, const Team& team) {
-  T* buffer = s.rows + team.worker * s.rows_size;
   const int64_t features = padded<T>(p.features);
-  const auto units = [&](int64_t first, int64_t count) { make_units(p, s.y, first, count, buffer); };
-  if (!laid) lay_panels_across(s.y.unit, features, p.features, p.m, s.panels, team, units);
+  const auto units = [&](int64_t first, int64_t count) { return make_units(p, s, s.y, first, count, team); };
+  if (!laid) lay_panels_across(units, features, p.features, p.m, s.panels, team);
   team.wait();
   for_groups(p.n, block_rows, team, [&](int64_t first, int64_t rows) {
-    make_units(p, s.x, first, rows, buffer);
-    multiply<T>({s.x.unit + first * features, features, 1}, rows, s.panels, p.features, s.scores + first * s.stride,
-                s.stride, p.m, nullptr);
+    const T* left = make_units(p, s, s.x, first, rows, team);
+    multiply<T>({left, features, 1}, rows, s.panels, p.features, s.scores + first * s.stride, s.stride, p.m, nullptr);
   });
 }
 

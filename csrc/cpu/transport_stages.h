@@ -23,7 +23,7 @@ struct Tokens {
   const void* base;  // (count, features)
   int64_t count;
   T* factor;             // (count): one over the length, or 1 for dot products
-  T* unit;               // (count, padded features), where products are made on vectors: tokens times factor
+  T* unit;               // (count, padded features), backward of products on vectors: tokens times factor
   float *square, *size;  // (count), where products are made on tiles: see RowSizes
 };
 
@@ -51,9 +51,10 @@ struct Stage {
   // For each thread.
   uint16_t* left;  // the left factor of a product on tiles
   T* row_panels;   // a block of that of one on vectors
+  T* units;        // (block_rows, padded features), forward on vectors: some of the tokens' units
   T* panel;        // (rows, whole tiles of features): those of a result
   T* rows;         // (plan_rows, columns), and a row of features or channels
-  int64_t left_size, row_panels_size, panel_size, rows_size;
+  int64_t left_size, row_panels_size, units_size, panel_size, rows_size;
   char* sinkhorn;
 };
 
@@ -163,8 +164,12 @@ static Stage<T> lay_out(Arena& arena, const TransportProblem& p, const SinkhornT
   Arena other = arena;
   s.left = arena.take<uint16_t>(threads * s.left_size);
   s.right = tiles ? arena.take<uint16_t>(3 * whole_features * (whole_n > whole_m ? whole_n : whole_m)) : nullptr;
-  s.x.unit = other.take<T>(n * features);
-  s.y.unit = other.take<T>(m * features);
+  s.units_size = backward ? 0 : block_rows * features;
+  s.units = other.take<T>(threads * s.units_size);
+  if (backward) {
+    s.x.unit = other.take<T>(n * features);
+    s.y.unit = other.take<T>(m * features);
+  }
   s.panels =
       other.take<T>(backward && longest * features > p.features * columns ? longest * features : p.features * columns);
   if (other.used > arena.used) arena.used = other.used;
