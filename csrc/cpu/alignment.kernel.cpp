@@ -252,7 +252,7 @@ static void align(const AlignmentProblem& p, T* out, const SinkhornTables& sinkh
                   int threads) {
   const int64_t size = share_of_workspace<T>(p, sinkhorn, tiles), clip_size = clip_bytes<T>(p);
   const auto work = [&](int worker) {
-    Arena arena{base + worker * size};
+    Arena arena = Arena::in(base + worker * size);
     return lay_out<T>(arena, p, sinkhorn, tiles);
   };
   const auto clip_work = [&](int64_t index) {

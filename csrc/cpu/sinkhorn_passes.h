@@ -35,6 +35,11 @@ constexpr T log2_e = T(1.44269504088896340736);
 struct Arena {
   char* base;
   int64_t used = 0;
+  // Of memory that is there, where the other kind only counts.
+  OBJSLOT_INLINE_MEMBER static Arena in(char* memory) {
+    if (!memory) __builtin_unreachable();
+    return {memory};
+  }
   template <class T>
   OBJSLOT_INLINE_MEMBER T* take(int64_t count) {
     char* part = base ? base + used : nullptr;

@@ -178,7 +178,7 @@ OBJSLOT_INLINE T largest_lane(Vec<T> v) {
 // The first `count` lanes, zero beyond; reads nothing past them.
 template <class T>
 OBJSLOT_INLINE Vec<T> load_first(const T* p, int64_t count) {
-  if (count < 0) __builtin_unreachable();
+  if (count < 0 || count > width<T>) __builtin_unreachable();
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);

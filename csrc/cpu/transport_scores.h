@@ -12,7 +12,7 @@ static const T* make_units(const TransportProblem& p, const Stage<T>& s, const T
                            int64_t count, const Team& team) {
   const int64_t stride = padded<T>(p.features);
   T* buffer = s.rows + team.worker * s.rows_size;
-  T* const units = side.unit ? side.unit + first * stride : s.units + team.worker * s.units_size;
+  T* const units = s.units_size ? s.units + team.worker * s.units_size : side.unit + first * stride;
   for (int64_t i = 0; i < count; ++i) {
     const T* row = token_row(p, side, first + i, buffer);
     T* unit = units + i * stride;

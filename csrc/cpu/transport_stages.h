@@ -207,7 +207,7 @@ static Stage<T> stage_of(const TransportProblem& p, const SinkhornTables& sinkho
                          int together, char* base, int worker) {
   Arena counted{nullptr};
   lay_out<T>(counted, p, sinkhorn, backward, tiles, together);
-  Arena arena{base + worker * counted.used};
+  Arena arena = Arena::in(base + worker * counted.used);
   return lay_out<T>(arena, p, sinkhorn, backward, tiles, together);
 }
 
