@@ -50,7 +50,10 @@ class Digest:
 
     def summary(self) -> str:
         """What the README shows of a machine beside the first: no tables."""
-        parts = [f"The same on another machine: {self._origin()}", self._picture(), self._slower()]
+        dtypes = ", ".join(dict.fromkeys(dtype for _, _, dtype, _, _ in self.groups))
+        threads = ", ".join(str(count) for count in sorted({count for _, _, _, count, _ in self.groups}))
+        origin = f"The same on another machine, {dtypes}, threads: {threads}. {self._origin()}"
+        parts = [origin, self._picture(), self._slower()]
         return "\n\n".join(part for part in parts if part)
 
     def everything(self) -> str:

@@ -19,7 +19,8 @@ NONE = "No results yet."
 
 def produce(root: Path) -> dict[Path, str]:
     """The text of every file that shows results, from the results under `root`."""
-    digests = [Digest(read(path), path.stem) for path in sorted((root / "benchmarks" / "results").glob("*.jsonl"))]
+    paths = sorted((root / "benchmarks" / "results").glob("*.jsonl"), key=lambda path: path.stem)
+    digests = [Digest(read(path), path.stem) for path in paths]
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
