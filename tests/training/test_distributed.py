@@ -37,10 +37,8 @@ def assert_same_run(metrics, out, alone):
     # Before the first update the two are equal to rounding; rounding grows over the steps.
     for step, (line, reference) in enumerate(zip(lines[:20], expected[:20], strict=True)):
         for name in ("loss", "semantic", "instance", "diversity", "valid_share", "grad_norm"):
-            assert line[name] == pytest.approx(reference[name], rel=2e-6 if step == 0 else 2e-3, abs=1e-6), (
-                step,
-                name,
-            )
+            relative = 2e-6 if step == 0 else 1e-4 if step < 6 else 2e-3
+            assert line[name] == pytest.approx(reference[name], rel=relative, abs=1e-6), (step, name)
 
 
 def test_two_processes_equal_one(metrics, shared_videos, tmp_path, start, alone):
