@@ -53,38 +53,47 @@ void objslot::bind_slot_attention(py::module_& module) {
                                     strides[6],
                                     scale,
                                     eps};
-      }));
+      }))
+      .def_property_readonly("lanes", &objslot::slot_attention_lanes);
+  const auto probabilities_at = [](const SlotAttentionProblem& problem, Address address) {
+    const int64_t bytes = objslot::arithmetic_bytes_of(problem.element);
+    objslot::check_dense("probabilities", address, bytes,
+                         {problem.batch, problem.positions, objslot::slot_attention_lanes(problem)});
+    return objslot::elements("probabilities", address, bytes, false);
+  };
   module.def(
       "slot_attention_forward",
-      [](const SlotAttentionProblem& problem, Address updates, Address logits, Address mass, int threads) {
+      [=](const SlotAttentionProblem& problem, Address updates, Address logits, Address mass, Address probabilities,
+          int threads) {
         const bool some = problem.batch > 0;
         const int64_t bytes = objslot::bytes_of(problem.element);
         const int64_t arithmetic = objslot::arithmetic_bytes_of(problem.element);
         objslot::slot_attention_forward(
             problem,
             {objslot::elements("updates", updates, bytes, some), objslot::elements("logits", logits, bytes, false),
-             objslot::elements("mass", mass, arithmetic, some)},
+             objslot::elements("mass", mass, arithmetic, some), probabilities_at(problem, probabilities)},
             objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "slot_attention_backward",
-      [](const SlotAttentionProblem& problem, std::array<Address, 4> given, std::array<Address, 5> wanted,
-         int threads) {
+      [=](const SlotAttentionProblem& problem, std::array<Address, 5> given, std::array<Address, 5> wanted,
+          int threads) {
         const bool some = problem.batch > 0;
         if (wanted[3] && !problem.mask) throw std::invalid_argument("grad_mask: wanted without a mask");
         const int64_t bytes = objslot::bytes_of(problem.element);
         const int64_t arithmetic = objslot::arithmetic_bytes_of(problem.element);
-        objslot::slot_attention_backward(
-            problem,
-            {objslot::elements("grad_updates", given[0], bytes, false),
-             objslot::elements("grad_logits", given[1], bytes, false),
-             objslot::elements("updates", given[2], bytes, some), objslot::elements("mass", given[3], arithmetic, some),
-             objslot::elements("grad_q", wanted[0], bytes, false), objslot::elements("grad_k", wanted[1], bytes, false),
-             objslot::elements("grad_v", wanted[2], bytes, false),
-             objslot::elements("grad_mask", wanted[3], bytes, false),
-             objslot::elements("grad_bias", wanted[4], bytes, false)},
-            objslot::checked_threads(threads));
+        objslot::SlotAttentionGradient gradient{objslot::elements("grad_updates", given[0], bytes, false),
+                                                objslot::elements("grad_logits", given[1], bytes, false),
+                                                objslot::elements("updates", given[2], bytes, some),
+                                                objslot::elements("mass", given[3], arithmetic, some),
+                                                objslot::elements("grad_q", wanted[0], bytes, false),
+                                                objslot::elements("grad_k", wanted[1], bytes, false),
+                                                objslot::elements("grad_v", wanted[2], bytes, false),
+                                                objslot::elements("grad_mask", wanted[3], bytes, false),
+                                                objslot::elements("grad_bias", wanted[4], bytes, false)};
+        gradient.probabilities = probabilities_at(problem, given[4]);
+        objslot::slot_attention_backward(problem, gradient, objslot::checked_threads(threads));
       },
       py::call_guard<py::gil_scoped_release>());
   py::class_<SlotSoftmaxProblem>(module, "SlotSoftmaxProblem")

@@ -12,6 +12,8 @@ void slot_attention_forward(const SlotAttentionProblem& p, const SlotAttentionRe
   table.forward(p, result, workspace.data(), threads);
 }
 
+int64_t slot_attention_lanes(const SlotAttentionProblem& p) { return kernels<SlotAttentionKernels>().lanes(p); }
+
 void slot_attention_backward(const SlotAttentionProblem& p, const SlotAttentionGradient& gradient, int threads) {
   if (p.batch == 0) return;
   const SlotAttentionBackwardKernels& table = kernels<SlotAttentionBackwardKernels>();

@@ -53,13 +53,15 @@ static ForwardScratch<T> forward_scratch(const SlotAttentionProblem& p, const La
   return s;
 }
 
-// weights: probabilities to masked weights with eps; adds them to the mass.
+// weights: logits to masked weights with eps; adds them to the mass. `probabilities`: where those of the tile are
+// kept, or null.
 template <class T, int Step>
-OBJSLOT_INLINE void weigh(const Layout& layout, const ForwardScratch<T>& s) {
+OBJSLOT_INLINE void weigh(const Layout& layout, const ForwardScratch<T>& s, T* probabilities) {
   clear(s.tile_mass, layout.lanes);
   for (int64_t j = 0; j < s.live.count; ++j) {
     T* row = s.weights + j * layout.lanes;
     softmax_lanes<T, Step>(row, layout);
+    if (probabilities) copy_lanes(row, layout, probabilities + s.live.at(j) * layout.lanes);
     const T* mask = s.live.lanes ? s.live.lanes + j * layout.lanes : nullptr;
     for (int64_t z = 0; z < layout.lanes; z += width<T>) {
       Vec<T> weight = load(row + z) + load(s.eps + z);
@@ -83,7 +85,7 @@ static void write_logits(const SlotAttentionProblem& p, const Layout& layout, co
       T* row = s.buffer;
       if (!s.live.all) clear(row, count);
       for (int64_t j = 0; j < s.live.count; ++j)
-        row[s.live.all ? j : s.live.index[j]] = column[j * layout.lanes] * T(0.693147180559945309417);
+        row[s.live.at(j)] = column[j * layout.lanes] * T(0.693147180559945309417);
       write_row<T>(row, logits, p.element, ((batch * p.groups + g) * p.slots + i) * p.positions + begin, count);
     }
 }
@@ -107,7 +109,8 @@ static void forward_share(const SlotAttentionProblem& p, const SlotAttentionResu
     const Ahead next_values = ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
     dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, next_values);
     if (r.logits) write_logits<T>(p, layout, s, batch, from, count, r.logits);
-    with_step<T>(layout, [&](auto step) { weigh<T, step()>(layout, s); });
+    T* const probabilities = probabilities_of<T>(p, layout, r.probabilities, batch, from);
+    with_step<T>(layout, [&](auto step) { weigh<T, step()>(layout, s, probabilities); });
     const T* rows = keys;
     value_stride = key_stride;
     if (p.v)
@@ -155,7 +158,8 @@ static bool forward_share_on_tiles(const SlotAttentionProblem& p, const SlotAtte
     multiply_rows<P, query_parts<P>>(rows, s.packed, lanes, s.words, s.weights);
     if (!finish_products(s.weights, s.live.count, lanes, factor, s.bias, false)) return false;
     if (r.logits) write_logits<float>(p, layout, s, batch, from, end - from < tile ? end - from : tile, r.logits);
-    with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s); });
+    float* const probabilities = probabilities_of<float>(p, layout, r.probabilities, batch, from);
+    with_step<float>(layout, [&](auto step) { weigh<float, step()>(layout, s, probabilities); });
     pack_weights_turned<slot_parts<P>>(s.weights, s.live.count, lanes, s.packed_weights);
     if (p.v) point_to(rows, p.v, p.element, values, p.v_row_stride, p.value_width, from, s.live);
     rows.ahead = next_keys;
@@ -257,6 +261,11 @@ static void forward(const SlotAttentionProblem& p, const SlotAttentionResult& r,
     run_forward<float>(p, r, workspace, threads);
 }
 
+static int64_t lanes(const SlotAttentionProblem& p) {
+  return p.element == Element::float64 ? layout_of<double>(p.groups, p.slots).lanes
+                                       : layout_of<float>(p.groups, p.slots).lanes;
+}
+
 }  // namespace objslot::OBJSLOT_ISA
 
-OBJSLOT_KERNELS(SlotAttentionKernels, forward_workspace, forward)
+OBJSLOT_KERNELS(SlotAttentionKernels, forward_workspace, forward, lanes)

@@ -1,5 +1,5 @@
-// Slot attention backward: the weights are made again tile by tile; k and v are read once, their gradients
-// written once.
+// Slot attention backward: the weights are made again tile by tile, unless their probabilities were kept; k and v are
+// read once, their gradients written once.
 #include "slot_backward_tiles.h"
 
 namespace objslot::OBJSLOT_ISA {
@@ -46,6 +46,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
     find_live<T>(p, layout, batch, from, count, s.buffer, s.live);
     const T *keys = nullptr, *values = nullptr;
     int64_t key_stride = 0, value_stride = 0;
+    Ahead after{};
     const auto read = [&] {
       keys = values = live_keys<T>(p, batch, from, s.live, s.keys, &key_stride);
       value_stride = key_stride;
@@ -53,30 +54,40 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
         values = live_rows<T>(p.v, p.element, batch * p.v_stride + from * p.v_row_stride, p.v_row_stride, p.value_width,
                               s.live, s.values, &value_stride);
     };
+    const T* const probabilities = probabilities_of<T>(p, layout, r.probabilities, batch, from);
     bool on_tiles = false;
 #ifdef OBJSLOT_TILES
     if constexpr (sizeof(T) == 4)
       if (tiled) {
         if (p.row_mean) read();
         on_tiles = with_precision(p.element, [&](auto precision) {
-          return multiply_on_tiles<precision()>(p, layout, s, keys, batch, from, end);
+          return multiply_on_tiles<precision()>(p, layout, s, keys, batch, from, end, !probabilities);
         });
       }
 #endif
     if (!on_tiles) {
-      if (!packed) pack_lanes<T>(p, layout, s, batch);
+      if (!packed) pack_lanes<T>(p, layout, s, batch, !probabilities);
       packed = true;
       if (!keys) read();
-      const Ahead next_keys =
-          ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
-      const Ahead next_values =
-          ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
-      dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, next_values);
-      dots<T>(values, value_stride, s.live.count, p.value_width, s.dzt, s.centre, layout.lanes, s.slopes, next_keys);
+      const auto keys_ahead = [&](int64_t position) {
+        return ahead_of<T>(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, position, end);
+      };
+      const auto values_ahead = [&](int64_t position) {
+        return ahead_of<T>(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, position, end);
+      };
+      if (probabilities) {
+        dots<T>(values, value_stride, s.live.count, p.value_width, s.dzt, s.centre, layout.lanes, s.slopes,
+                p.v && r.grad_q ? keys_ahead(from) : Ahead{});
+        after = p.v ? values_ahead(from + tile) : keys_ahead(from + tile);
+      } else {
+        dots<T>(keys, key_stride, s.live.count, p.width, s.qt, s.bias, layout.lanes, s.weights, values_ahead(from));
+        dots<T>(values, value_stride, s.live.count, p.value_width, s.dzt, s.centre, layout.lanes, s.slopes,
+                keys_ahead(from + tile));
+      }
     }
     if (r.grad_logits) read_logit_grads<T>(p, r, layout, s, batch, from, count);
     if (r.grad_mask) clear(s.grad_mask, p.groups * tile);
-    with_step<T>(layout, [&](auto step) { back_through_softmax<T, step()>(r, layout, s); });
+    with_step<T>(layout, [&](auto step) { back_through_softmax<T, step()>(r, layout, s, probabilities); });
     if (r.grad_mask) write_mask<T>(p, r, s, batch, from, count);
 #ifdef OBJSLOT_TILES
     if constexpr (sizeof(T) == 4)
@@ -105,7 +116,7 @@ static void backward_share(const SlotAttentionProblem& p, const SlotAttentionGra
                           row * p.value_width, count, s.grad_values, stream_values);
     if (r.grad_q)
       gather<T>(s.slopes, layout.lanes, layout.rows, s.live.count, keys, key_stride, p.width, s.grad_q,
-                sums_stride<T>(p, p.width), {});
+                sums_stride<T>(p, p.width), after);
   }
   if (stream_keys || stream_values) end_of_stream();
 #ifdef OBJSLOT_TILES

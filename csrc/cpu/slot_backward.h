@@ -105,10 +105,12 @@ static void prepare(const SlotAttentionProblem& p, const SlotAttentionGradient& 
     }
 }
 
-// q and the upper gradient by lane, for products without tiles.
+// q, where logits are to be made, and the upper gradient by lane, for products without tiles.
 template <class T>
-static void pack_lanes(const SlotAttentionProblem& p, const Layout& layout, BackwardScratch<T>& s, int64_t batch) {
-  pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.qt);
+static void pack_lanes(const SlotAttentionProblem& p, const Layout& layout, BackwardScratch<T>& s, int64_t batch,
+                       bool logits) {
+  if (logits)
+    pack_transposed<T>(p.q, p.element, batch * p.q_stride, layout, p.width, T(p.scale * 1.44269504088896340736), s.qt);
   const int64_t values = padded<T>(p.value_width);
   pack_panels<T>(
       s.dz_rows, Element::float32, layout.lanes, p.value_width, T(1), [&](int64_t lane) { return lane * values; },
@@ -125,24 +127,28 @@ static void read_logit_grads(const SlotAttentionProblem& p, const SlotAttentionG
       const T* row = read_row<T>(r.grad_logits, p.element, ((batch * p.groups + g) * p.slots + i) * p.positions + begin,
                                  count, s.buffer);
       T* column = s.logit_grads + g * layout.step + i;
-      for (int64_t j = 0; j < s.live.count; ++j) column[j * layout.lanes] = row[s.live.all ? j : s.live.index[j]];
+      for (int64_t j = 0; j < s.live.count; ++j) column[j * layout.lanes] = row[s.live.at(j)];
     }
 }
 
-// weights: logits to masked weights with eps. slopes: gradient of the weights to gradient of the logits.
+// weights: logits, or the tile's kept probabilities in their place, to masked weights with eps. slopes: gradient of the
+// weights to gradient of the logits.
 template <class T, int Step>
 OBJSLOT_INLINE void back_through_softmax(const SlotAttentionGradient& r, const Layout& layout,
-                                         const BackwardScratch<T>& s) {
+                                         const BackwardScratch<T>& s, const T* probabilities) {
   for (int64_t j = 0; j < s.live.count; ++j) {
     T* row = s.weights + j * layout.lanes;
     T* slope = s.slopes + j * layout.lanes;
     const T* mask = s.live.lanes ? s.live.lanes + j * layout.lanes : nullptr;
-    softmax_lanes<T, Step>(row, layout);
+    if (probabilities)
+      copy_lanes(probabilities + s.live.at(j) * layout.lanes, layout, row);
+    else
+      softmax_lanes<T, Step>(row, layout);
     if (mask && r.grad_mask) {
       for (int64_t z = 0; z < layout.lanes; z += width<T>)
         store(s.row + z, load(slope + z) * (load(row + z) + load(s.eps + z)));
       sum_groups<T, Step>(s.row, layout, s.sums);
-      const int64_t at = s.live.all ? j : s.live.index[j];
+      const int64_t at = s.live.at(j);
       for (int64_t g = 0; g < layout.groups; ++g)
         s.grad_mask[g * tile + at] = mask[g * layout.step] == T(0) ? T(0) : s.sums[g * layout.step];
     }
@@ -191,7 +197,7 @@ static void write_product(const Layout& layout, const Live<T>& live, const Term<
   spread<T, Terms>(terms, layout.lanes, layout.rows, features_stride, live.count, columns, copy, stride, false);
   if (!live.all) write_zeros<T>(out, element, offset, count * columns);
   for (int64_t j = 0; j < live.count; ++j)
-    write_row<T>(copy + j * stride, out, element, offset + (live.all ? j : live.index[j]) * columns, columns);
+    write_row<T>(copy + j * stride, out, element, offset + live.at(j) * columns, columns);
 }
 
 // The gradient of normalised keys, from s.grad_keys: added to what is there, then passed back through the
@@ -204,7 +210,7 @@ static void write_normalised(const SlotAttentionProblem& p, const SlotAttentionG
   T* out = static_cast<T*>(r.grad_k) + row * p.width;
   if (!s.live.all && !r.add_to_k) clear(out, count * p.width);
   for (int64_t j = 0; j < s.live.count; ++j) {
-    const int64_t at = s.live.all ? j : s.live.index[j];
+    const int64_t at = s.live.at(j);
     T* grad = s.grad_keys + j * stride;
     T* target = out + at * p.width;
     const T* key = keys + j * stride;

@@ -77,19 +77,22 @@ static TileRows tile_rows(const SlotAttentionProblem& p, const BackwardScratch<f
   return rows;
 }
 
-// Logits to s.weights and the gradient of the weights to s.slopes; false where tiles lose too much.
+// Logits, where they are wanted, to s.weights and the gradient of the weights to s.slopes; false where tiles lose too
+// much.
 template <Precision P>
 static bool multiply_on_tiles(const SlotAttentionProblem& p, const Layout& layout, const BackwardScratch<float>& s,
-                              const float* keys, int64_t batch, int64_t from, int64_t end) {
+                              const float* keys, int64_t batch, int64_t from, int64_t end, bool logits) {
   const int64_t lanes = layout.lanes;
-  TileRows rows = tile_rows(p, s, false, keys, batch, from);
-  rows.ahead = tile_ahead(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
-  multiply_rows<P>(rows, s.packed_q, lanes, s.words, s.weights);
-  rows = tile_rows(p, s, true, keys, batch, from);
+  if (logits) {
+    TileRows rows = tile_rows(p, s, false, keys, batch, from);
+    rows.ahead = tile_ahead(p.v, p.element, batch * p.v_stride, p.v_row_stride, p.value_width, from, end);
+    multiply_rows<P>(rows, s.packed_q, lanes, s.words, s.weights);
+    if (!finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false)) return false;
+  }
+  TileRows rows = tile_rows(p, s, true, keys, batch, from);
   rows.ahead = tile_ahead(p.k, p.element, batch * p.k_stride, p.k_row_stride, p.width, from + tile, end);
   multiply_rows<P>(rows, s.packed_dz, lanes, s.words, s.slopes);
-  return finish_products(s.weights, s.live.count, lanes, 1.44269504088896340736f, s.bias, false) &&
-         finish_products(s.slopes, s.live.count, lanes, 1, s.centre, true);
+  return finish_products(s.slopes, s.live.count, lanes, 1, s.centre, true);
 }
 
 // Writes `count` of 32 entries, at most.
@@ -139,9 +142,8 @@ static void write_on_tiles(const Layout& layout, const Live<float>& live, const 
       spread_on_tiles<Parts>(terms, count, layout.lanes, row, c, second, product, 2 * block);
       const int64_t left = columns - c * block, end = row + 2 * block < live.count ? row + 2 * block : live.count;
       for (int64_t j = row; j < end; ++j)
-        write_part(product + (j - row) * 2 * block, out, element,
-                   offset + (live.all ? j : live.index[j]) * columns + c * block, left < 2 * block ? left : 2 * block,
-                   streamed && live.all);
+        write_part(product + (j - row) * 2 * block, out, element, offset + live.at(j) * columns + c * block,
+                   left < 2 * block ? left : 2 * block, streamed && live.all);
     }
 }
 

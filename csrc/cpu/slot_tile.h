@@ -96,6 +96,8 @@ struct Live {
   bool all;
   T* mask;   // (groups, tile), by position
   T* lanes;  // (tile, lanes), by live position; unused without a mask
+  // The position of the j-th one in the tile.
+  OBJSLOT_INLINE_MEMBER int64_t at(int64_t j) const { return all ? j : index[j]; }
 };
 
 // The live rows of a tile in the arithmetic type: the memory itself where it will do, otherwise a copy.
@@ -109,7 +111,7 @@ static const T* live_rows(const void* base, Element element, int64_t offset, int
   *stride = padded<T>(columns);
   for (int64_t j = 0; j < live.count; ++j) {
     T* target = copy + j * *stride;
-    const int64_t at = live.all ? j : live.index[j];
+    const int64_t at = live.at(j);
     const T* row = read_row<T>(base, element, offset + at * row_stride, columns, target);
     if (row != target) __builtin_memcpy(target, row, static_cast<size_t>(columns) * sizeof(T));
   }
@@ -138,7 +140,7 @@ static const T* live_keys(const SlotAttentionProblem& p, int64_t batch, int64_t 
   const T* inverses = static_cast<const T*>(p.row_inverse) + batch * p.positions + from;
   *stride = padded<T>(p.width);
   for (int64_t j = 0; j < live.count; ++j) {
-    const int64_t at = live.all ? j : live.index[j];
+    const int64_t at = live.at(j);
     T* target = copy + j * *stride;
     const T* row = read_row<T>(p.k, p.element, batch * p.k_stride + (from + at) * p.k_row_stride, p.width, target);
     const Vec<T> mean = broadcast(means[at]), inverse = broadcast(inverses[at]);
@@ -202,6 +204,19 @@ OBJSLOT_INLINE void softmax_lanes(T* row, const Layout& layout) {
       for (int64_t z = 0; z < layout.step; z += width<T>) store(row + begin + z, load(row + begin + z) * inverse);
     }
   }
+}
+
+// The kept probabilities of the positions from `from` on, null where none are.
+template <class T, class Memory>
+OBJSLOT_INLINE auto probabilities_of(const SlotAttentionProblem& p, const Layout& layout, Memory* all, int64_t batch,
+                                     int64_t from) {
+  using Entry = std::conditional_t<std::is_const_v<Memory>, const T, T>;
+  return all ? static_cast<Entry*>(all) + (batch * p.positions + from) * layout.lanes : nullptr;
+}
+
+template <class T>
+OBJSLOT_INLINE void copy_lanes(const T* row, const Layout& layout, T* out) {
+  for (int64_t z = 0; z < layout.lanes; z += width<T>) store(out + z, load(row + z));
 }
 
 // sums over the lanes of each group, in every lane of the group

@@ -20,7 +20,7 @@ OBJSLOT_INLINE void point_to(TileRows& rows, const void* base, Element element, 
                              int64_t columns, int64_t from, const Live<float>& live) {
   const int64_t size = element == Element::float32 ? 4 : 2;
   const char* const begin = static_cast<const char*>(base) + (offset + from * stride) * size;
-  for (int64_t j = 0; j < live.count; ++j) rows.row[j] = begin + (live.all ? j : live.index[j]) * stride * size;
+  for (int64_t j = 0; j < live.count; ++j) rows.row[j] = begin + live.at(j) * stride * size;
   rows.count = live.count;
   rows.columns = columns;
   rows.stride = live.all ? stride * size : 0;
@@ -33,7 +33,7 @@ OBJSLOT_INLINE void normalise(TileRows& rows, const SlotAttentionProblem& p, int
                               const Live<float>& live) {
   const int64_t begin = batch * p.positions + from;
   for (int64_t j = 0; j < live.count; ++j) {
-    const int64_t at = begin + (live.all ? j : live.index[j]);
+    const int64_t at = begin + live.at(j);
     rows.mean[j] = static_cast<const float*>(p.row_mean) + at;
     rows.inverse[j] = static_cast<const float*>(p.row_inverse) + at;
   }

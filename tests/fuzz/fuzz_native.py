@@ -81,7 +81,9 @@ def drawn_call(data):
         tokens, values = noise(1, clips, frames, n, d).to(dtype), noise(2, clips, frames, n, c).to(dtype)
         return lambda: alignment(tokens, values, masses, n_iters=data.draw(st.integers(1, 4)), backend="cpu")
     case = data.draw(cases(name, dtype))
-    return lambda: case.run(backend="cpu")
+    # None: without the dispatcher, where slot attention keeps its softmax.
+    backend = data.draw(st.sampled_from(["cpu", None]))
+    return lambda: case.run(backend=backend)
 
 
 native = _native.load()

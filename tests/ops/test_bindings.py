@@ -11,13 +11,13 @@ import time
 import pytest
 import torch
 from op_cases import OPS, make, noise
-from slot_cases import evaluate
+from slot_cases import evaluate, soft_mask
 from test_slot_half import arguments as half_arguments
 from test_slot_half import run as half
 from test_slot_loop import call as slot_loop
 from test_slot_loop import problem as slot_loop_problem
 
-from objslot.ops import _native
+from objslot.ops import _native, slot_attention
 from objslot.ops.transport import alignment
 
 native = _native.load()
@@ -38,6 +38,7 @@ CALLS = (
     *OPS,
     "alignment",
     "slot_loop",
+    "slot_attention_kept",
     pytest.param(
         "slot_loop_half",
         marks=pytest.mark.skipif(
@@ -54,6 +55,9 @@ def run(name, dtype):
     elif name == "slot_loop":
         inputs = [x.to(dtype) for x in slot_loop_problem((2, 2, 3, 9, 4, 5, 6), masked=True)]
         evaluate(slot_loop("cpu", iterations=2), inputs)
+    elif name == "slot_attention_kept":
+        rows = noise(1, 2, 2, 3, 80), noise(2, 2, 9, 80), noise(3, 2, 9, 80), soft_mask(2, 2, 9)
+        evaluate(slot_attention, [x.to(dtype) for x in rows])
     elif name == "alignment":
         tokens, values, masses = noise(1, 2, 3, 5, 4), noise(2, 2, 3, 5, 6), noise(3, 2, 3, 5).softmax(-1)
         alignment(*(x.to(dtype) for x in (tokens, values, masses)), n_iters=ITERATIONS, backend="cpu")

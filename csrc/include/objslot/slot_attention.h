@@ -36,6 +36,9 @@ struct SlotAttentionResult {
   void* updates;  // (batch, groups, slots, value_width)
   void* logits;   // (batch, groups, slots, positions) or null
   void* mass;     // (batch, groups, slots)
+  // Softmax over the slots (batch, positions, lanes of the kernels), arithmetic type, or null. Positions that no group
+  // reads are left as they are.
+  void* probabilities = nullptr;
 };
 
 // The gradients of the results, and those wanted; null: zero, or not wanted.
@@ -53,12 +56,16 @@ struct SlotAttentionGradient {
   // The sum is passed back through the normalisation of the rows, mean and deviation included.
   bool through_norm = false;
   bool add_to_mask = false;
+  // What the forward pass wrote, or null: they are made again.
+  const void* probabilities = nullptr;
 };
 
 struct SlotAttentionKernels {
   // Bytes of memory, aligned to 64, that the call needs to work in.
   int64_t (*workspace)(const SlotAttentionProblem&, int threads);
   void (*forward)(const SlotAttentionProblem&, const SlotAttentionResult&, void* workspace, int threads);
+  // Entries of a position's row of probabilities.
+  int64_t (*lanes)(const SlotAttentionProblem&);
 };
 
 struct SlotAttentionBackwardKernels {
@@ -83,6 +90,7 @@ struct SlotSoftmaxKernels {
 
 // The kernels of the active instruction set, with a workspace of their own.
 void slot_attention_forward(const SlotAttentionProblem&, const SlotAttentionResult&, int threads);
+int64_t slot_attention_lanes(const SlotAttentionProblem&);
 void slot_attention_backward(const SlotAttentionProblem&, const SlotAttentionGradient&, int threads);
 void slot_softmax_forward(const SlotSoftmaxProblem&, void* weights, void* mass, int threads);
 void slot_softmax_backward(const SlotSoftmaxProblem&, const void* grad, const void* mass, void* grad_logits,

@@ -89,10 +89,10 @@ def _fake_backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, *probabilities):
     q, k, v, mask, bias, ctx.scale, ctx.eps, ctx.has_logits, ctx.backend = inputs
     updates, _, mass = output
-    ctx.save_for_backward(q, k, v, mask, bias, updates, mass)
+    ctx.save_for_backward(q, k, v, mask, bias, updates, mass, *probabilities)
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)
 
@@ -103,9 +103,10 @@ def _gradients(ctx, grad_updates, grad_logits, _):
         grad_logits = None
     if grad_updates is None and grad_logits is None:
         return (None,) * 9
-    given = grad_updates, grad_logits, *ctx.saved_tensors
+    saved, probabilities = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    given = grad_updates, grad_logits, *saved
     if ctx.backend == "cpu" and not torch.is_grad_enabled() and _direct.possible(*given):
-        grads = native.backward(*given, ctx.scale, ctx.eps, needs)
+        grads = native.backward(*given, ctx.scale, ctx.eps, needs, *probabilities)
     else:
         grads = torch.ops.objslot.slot_attention_backward(*given, ctx.scale, ctx.eps, needs, ctx.backend)
     grads = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
@@ -118,9 +119,9 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, bias, scale, eps, return_logits, backend):
         inputs = q, k, v, mask, bias, scale, eps, return_logits
-        found = native.forward(*inputs)
-        _setup_context(ctx, (*inputs, backend), found)
-        return found
+        *found, probabilities = native.forward_for_backward(*inputs)
+        _setup_context(ctx, (*inputs, backend), found, probabilities)
+        return tuple(found)
 
     backward = staticmethod(_gradients)
 

@@ -9,25 +9,48 @@ from objslot.ops._arithmetic import compute_dtype
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
+_KEPT = 4
+"""Softmax that takes at most one in so many of the bytes of keys and values is kept for the backward pass."""
+
+
 def forward(q, k, v, mask, bias, scale, eps, return_logits):
     """Updates, logits (empty unless asked for) and mass, as in `autograd`."""
+    return _forward(q, k, v, mask, bias, scale, eps, return_logits, keep=False)[:3]
+
+
+def forward_for_backward(q, k, v, mask, bias, scale, eps, return_logits):
+    """The same, and what spares `backward` a product with the keys: the softmax, or None where it is large."""
+    return _forward(q, k, v, mask, bias, scale, eps, return_logits, keep=True)
+
+
+def _forward(q, k, v, mask, bias, scale, eps, return_logits, keep):
     rows = q.shape[:-1]
     updates = _native.empty((*rows, (k if v is None else v).shape[-1]), q.dtype)
     logits = _native.empty((*rows, k.shape[-2]), q.dtype) if return_logits else q.new_empty(0)
     mass = q.new_empty(rows, dtype=compute_dtype(q.dtype))
-    problem, kept = _problem(q, k, v, mask, bias, scale, eps)
+    problem, pointed_to = _problem(q, k, v, mask, bias, scale, eps)
+    probabilities = None
+    row = problem.lanes * mass.element_size()
+    if keep and _KEPT * row <= (k.shape[-1] + (0 if v is None else v.shape[-1])) * k.element_size():
+        probabilities = _native.empty((*k.shape[:-1], problem.lanes), mass.dtype)
     _native.load().slot_attention_forward(
-        problem, updates.data_ptr(), logits.data_ptr() if return_logits else 0, mass.data_ptr(),
+        problem,
+        updates.data_ptr(),
+        logits.data_ptr() if return_logits else 0,
+        mass.data_ptr(),
+        0 if probabilities is None else probabilities.data_ptr(),
         torch.get_num_threads(),
-    )  # fmt: skip
-    del kept
-    return updates, logits, mass
+    )
+    del pointed_to
+    return updates, logits, mass, probabilities
 
 
-def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs):
+def backward(
+    grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scale, eps, needs, probabilities=None
+):
     """Gradients of q, k, v, mask and bias; empty where they are not needed."""
-    problem, kept = _problem(q, k, v, mask, bias, scale, eps)
-    given = [None if x is None else x.contiguous() for x in (grad_updates, grad_logits, updates, mass)]
+    problem, pointed_to = _problem(q, k, v, mask, bias, scale, eps)
+    given = [x if x is None else x.contiguous() for x in (grad_updates, grad_logits, updates, mass, probabilities)]
     grads = [
         _native.empty(like.shape, like.dtype) if wanted else q.new_empty(0)
         for like, wanted in zip((q, k, v, mask, bias), needs, strict=True)
@@ -38,7 +61,7 @@ def backward(grad_updates, grad_logits, q, k, v, mask, bias, updates, mass, scal
         [grad.data_ptr() if wanted else 0 for grad, wanted in zip(grads, needs, strict=True)],
         torch.get_num_threads(),
     )
-    del kept
+    del pointed_to
     return tuple(grads)
 
 
