@@ -56,7 +56,7 @@ def run(name, dtype):
         inputs = [x.to(dtype) for x in slot_loop_problem((2, 2, 3, 9, 4, 5, 6), masked=True)]
         evaluate(slot_loop("cpu", iterations=2), inputs)
     elif name == "slot_attention_kept":
-        rows = noise(1, 2, 2, 3, 80), noise(2, 2, 9, 80), noise(3, 2, 9, 80), soft_mask(2, 2, 9)
+        rows = noise(1, 2, 2, 3, 130), noise(2, 2, 9, 130), noise(3, 2, 9, 130), soft_mask(2, 2, 9)
         evaluate(slot_attention, [x.to(dtype) for x in rows])
     elif name == "alignment":
         tokens, values, masses = noise(1, 2, 3, 5, 4), noise(2, 2, 3, 5, 6), noise(3, 2, 3, 5).softmax(-1)

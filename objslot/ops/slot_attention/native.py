@@ -9,8 +9,8 @@ from objslot.ops._arithmetic import compute_dtype
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
-_KEPT = 4
-"""Softmax that takes at most one in so many of the bytes of keys and values is kept for the backward pass."""
+_KEPT = 8
+"""A softmax of at most one in so many of the bytes of keys and values is kept for the backward pass."""
 
 
 def forward(q, k, v, mask, bias, scale, eps, return_logits):
