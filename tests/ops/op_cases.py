@@ -126,7 +126,7 @@ def make(op, batch, sizes, values, masses, layouts, dtype, seed, **options) -> C
     return Case(op, inputs, options)
 
 
-def check_error(case: Case, dtype: torch.dtype, backend: str) -> None:
+def check_error(case: Case, dtype: torch.dtype, backend: str | None) -> None:
     """Results and gradients of ``backend`` are as near to float64 as those of plain PyTorch in the same dtype.
 
     At most twice its error, or twice what a rounding of every argument does to the exact result, or what rounding the

@@ -1,6 +1,7 @@
 """Ops on drawn shapes, layouts, dtypes, values, masks and options, each against float64."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from op_cases import DTYPES, LAYOUTS, OPS, VALUES, check_error, make
 
 from objslot import ops
 from objslot.ops import _backends
+from objslot.ops.slot_attention import autograd as slot_attention
 
 ROWS = {"sinkhorn_potentials": "sinkhorn"}
 BACKENDS = [
@@ -64,6 +66,15 @@ def test_as_near_to_float64_as_plain_pytorch(op, backend, dtype, data):
     if op == "propagate":
         assume(clear_choice(case))
     check_error(case, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_as_near_with_a_softmax_that_is_kept(dtype, data):
+    """Without the dispatcher slot attention may keep its softmax for the backward pass; here it always does."""
+    case = data.draw(cases("slot_attention", dtype))
+    with mock.patch.object(slot_attention.native, "_KEPT", 0):
+        check_error(case, dtype, None)
 
 
 @pytest.mark.parametrize("op", OPS)

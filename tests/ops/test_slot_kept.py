@@ -65,7 +65,7 @@ def test_gradients_are_those_of_a_softmax_made_again(dtype, variant, kept, monke
         assert kept[-2] is not None and kept[-1] is None
         for one, other in zip(found, again, strict=True):
             if _native.load().multiplies_on_tiles():
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=4e-6 * float(other.abs().max()))
             else:
                 assert torch.equal(one, other)
 
