@@ -103,8 +103,9 @@ def _gradients(ctx, grad_updates, grad_logits, _):
         grad_logits = None
     if grad_updates is None and grad_logits is None:
         return (None,) * 9
-    saved, probabilities = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    given = grad_updates, grad_logits, *saved
+    # Once: gradient checkpointing lets nobody look twice.
+    saved = ctx.saved_tensors
+    given, probabilities = (grad_updates, grad_logits, *saved[:7]), saved[7:]
     if ctx.backend == "cpu" and not torch.is_grad_enabled() and _direct.possible(*given):
         grads = native.backward(*given, ctx.scale, ctx.eps, needs, *probabilities)
     else:
