@@ -23,10 +23,15 @@ const char* name(Isa isa) {
 Isa best_isa() {
 #ifdef OBJSLOT_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef OBJSLOT_AVX512
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
+#endif
+#ifdef OBJSLOT_AVX2
   if (avx2) return Isa::avx2;
+#endif
+  (void)avx2;
 #endif
   return Isa::base;
 }

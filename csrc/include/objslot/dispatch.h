@@ -49,8 +49,10 @@ const Table& table();
 template <class Table>
 const Table& kernels() {
   switch (active_isa()) {
-#ifdef OBJSLOT_X86
+#ifdef OBJSLOT_AVX512
     case Isa::avx512: return table<Table, Isa::avx512>();
+#endif
+#ifdef OBJSLOT_AVX2
     case Isa::avx2: return table<Table, Isa::avx2>();
 #endif
     default: return table<Table, Isa::base>();
