@@ -29,8 +29,9 @@ def slot_attention(
         updates[g, i]    = sum over j of weights[g, i, j] * v[j]
 
     The p slots of a group compete for the n positions; groups do not see one another and share k and v. Plain
-    slot attention is g = 1. The attention is not stored, unless the logits are asked for; but for a
-    backward pass the CPU kernels keep the softmax where it takes at most an eighth of the memory of k and v.
+    slot attention is g = 1. The attention is not stored, unless the logits are asked for; but for a backward pass the
+    CPU kernels keep the softmax where it takes at most an eighth of the memory of k and v, dimensions that broadcast
+    counted in full.
 
     Args:
         q: (..., g, p, d), float16, bfloat16, float32 or float64. Half precision is computed in float32.
