@@ -28,19 +28,25 @@ SLACK = 30.0
 
 
 class Sampler(threading.Thread):
-    """Takes (seconds, megabytes, open files, threads) every ``interval`` seconds and ends the run after ``seconds``."""
+    """Takes (seconds, megabytes, open files, threads) every ``interval`` seconds and ends the run after ``seconds``.
 
-    def __init__(self, seconds: float, interval: float):
+    Both begin with the first line of the file `steps`: however slow the machine is, everything has been started then.
+    """
+
+    def __init__(self, steps: Path, seconds: float, interval: float):
         super().__init__(daemon=True)
+        self.steps = steps
         self.seconds = seconds
         self.interval = interval
         self.samples: list[tuple[float, float, int, int]] = []
-        self._began = time.monotonic()
 
     def run(self):
-        while time.monotonic() - self._began < self.seconds:
+        while not (self.steps.is_file() and self.steps.stat().st_size):
+            time.sleep(0.1)
+        began = time.monotonic()
+        while time.monotonic() - began < self.seconds:
             time.sleep(self.interval)
-            self.samples.append((time.monotonic() - self._began, memory(), *held()))
+            self.samples.append((time.monotonic() - began, memory(), *held()))
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -82,6 +88,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(dir=given.out))
     for video in SyntheticVideos(seed=0, n_videos=6, n_frames=24, size=96):
         video.write_mp4(root / "videos" / f"{video.name}.mp4")
@@ -89,7 +97,7 @@ def main() -> int:
     # Everything a long run does now and then comes often here: checkpoints, the end of a pass, workers.
     config = TrainingConfig(model=model, steps=10**7, batch_size=2, checkpoint_every=25, num_workers=2, log_every=10**6)
 
-    sampler = Sampler(60 * given.minutes, interval=max(0.5, min(5.0, given.minutes)))
+    sampler = Sampler(root / "run" / "metrics.jsonl", 60 * given.minutes, max(0.5, min(5.0, given.minutes)))
     before = held()
     sampler.start()
     try:

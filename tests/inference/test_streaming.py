@@ -45,7 +45,7 @@ def test_frames_drawn_one_at_a_time_are_those_drawn_at_once(model, video, monkey
 
 # Both lengths are beyond what the video encoder holds back.
 _GROWTH = """
-    import json, sys
+    import json, sys, tempfile
     import torch
     torch.set_num_threads(1)
     from objslot.data import Video
@@ -56,6 +56,7 @@ _GROWTH = """
     from objslot.models import SMTC, SMTCConfig
 
     height, width, lengths, out = json.loads(sys.argv[1])
+    out = tempfile.mkdtemp(dir=out)
     spool.IN_MEMORY = 1 << 20
 
     class Made(Video):
