@@ -1,8 +1,9 @@
 """Trains for a stated time on made-up videos and says whether memory, files, threads or processes leak.
 
-Usage: soak.py [--minutes 45] [--out DIR]. Prints one line of JSON; leaves with 1 where something leaks. Memory is the
-proportional share (PSS) of this process and its loaders, sampled every few seconds; the slope is fitted to the second
-half, and "noise" is three standard errors of it, taken from blocks so that slow swings count as noise.
+Usage: soak.py [--minutes 45] [--out DIR]. Prints one line of JSON; leaves with 1 where something leaks. Memory is what
+this process and its loaders hold that is not of files, by proportional share (PSS), sampled every few seconds; the
+slope is fitted to the second half, and "noise" is three standard errors of it, taken from blocks so that slow swings
+count as noise.
 """
 
 import argparse
@@ -55,14 +56,17 @@ def children() -> list[int]:
 
 
 def memory() -> float:
-    """Megabytes of this process and its children, pages that they share counted once."""
+    """Megabytes that this process and its children hold, pages that they share counted once.
+
+    Without those of files: how much of the libraries counts depends on who else has them open.
+    """
     total = 0
     for pid in [os.getpid(), *children()]:
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 
