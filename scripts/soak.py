@@ -1,9 +1,8 @@
 """Trains for a stated time on made-up videos and says whether memory, files, threads or processes leak.
 
-Usage: soak.py [--minutes 45] [--out DIR]. Prints one line of JSON; leaves with 1 where something leaks. Memory is what
-this process and its loaders hold that is not of files, by proportional share (PSS), sampled every few seconds; the
-slope is fitted to the second half, and "noise" is three standard errors of it, taken from blocks so that slow swings
-count as noise.
+Usage: soak.py [--minutes 45] [--out DIR]. Prints one line of JSON; leaves with 1 where something leaks. Memory is that
+of this process and its loaders, see `memory`, sampled every few seconds; the slope is fitted to the second half, and
+"noise" is three standard errors of it, taken from blocks so that slow swings count as noise.
 """
 
 import argparse
@@ -26,6 +25,8 @@ from objslot.training import TrainingConfig, train
 BLOCKS = 8
 # What a run that leaks nothing may still grow by: pages that the allocator keeps, in megabytes an hour.
 SLACK = 30.0
+# Seconds that a run may take until its first step; one that hangs ends too.
+LATEST_START = 600.0
 
 
 class Sampler(threading.Thread):
@@ -42,7 +43,8 @@ class Sampler(threading.Thread):
         self.samples: list[tuple[float, float, int, int]] = []
 
     def run(self):
-        while not (self.steps.is_file() and self.steps.stat().st_size):
+        latest = time.monotonic() + LATEST_START
+        while not (self.steps.is_file() and self.steps.stat().st_size) and time.monotonic() < latest:
             time.sleep(0.1)
         began = time.monotonic()
         while time.monotonic() - began < self.seconds:
@@ -56,17 +58,19 @@ def children() -> list[int]:
 
 
 def memory() -> float:
-    """Megabytes that this process and its children hold, pages that they share counted once.
+    """Megabytes that this process and its children hold: pages that they share counted once, those of files in each.
 
-    Without those of files: how much of the libraries counts depends on who else has them open.
+    The share of a file's pages depends on who else has it open, which would be noise.
     """
     total = 0
     for pid in [os.getpid(), *children()]:
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            shares = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            whole = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        total += sum(int(line.split()[1]) for line in shares if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        total += sum(int(line.split()[1]) for line in whole if line.startswith("RssFile:"))
     return total / 1024
 
 

@@ -1,11 +1,13 @@
 """Interleaving, the rule for disturbed samples, and paired ratios."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from objslot.benchmarks import limits
 from objslot.benchmarks.timing import Samples, _spread, measure, paired_ratio
 
 CPU = torch.device("cpu")
@@ -123,3 +125,11 @@ def test_short_calls_are_repeated_within_a_sample():
     samples = measure(contestants(a=1e-6), 0.1, CPU, clock=clock, rounds=(3, 3))
     assert clock.order[-1][1] >= 20000
     assert samples["a"].quartiles.median == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("seconds, calls", [(1e-3, 1 + limits.ATTEMPTS), (0.3, 3)])
+def test_a_limit_is_not_measured_for_long(monkeypatch, seconds, calls):
+    made = []
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: seconds * len(made)))
+    assert limits._fastest(lambda: made.append(None), CPU) == pytest.approx(seconds)
+    assert len(made) == calls

@@ -1,6 +1,8 @@
 """A long run in short: see scripts/soak.py, which takes any number of minutes."""
 
 import json
+import mmap
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,18 @@ def soak(tmp_path, minutes):
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_memory_is_seen_on_the_heap_and_in_mapped_files(tmp_path):
+    memory = runpy.run_path(str(SCRIPT))["memory"]
+    (tmp_path / "mapped").write_bytes(bytes(64 << 20))
+    with open(tmp_path / "mapped", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        before = memory()
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        between = memory()
+        held = b"x" * (64 << 20)
+        after = memory()
+    assert len(held) and 60 < between - before < 70 and 60 < after - between < 70
 
 
 @pytest.mark.nightly
